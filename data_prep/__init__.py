@@ -1,0 +1,1 @@
+"""Turns raw text into tokenised Arrow shards; imports neither torch nor the trainer."""

@@ -1,0 +1,1 @@
+"""Distils, scores and reports; every job is a module launched by name."""
