@@ -1,0 +1,13 @@
+"""Kernels of the capgap students: mixture-of-experts routing and expert feed-forwards, and distillation losses.
+
+Each public function has its definition under the same name in `reference`; CUDA tensors run Triton, CPU tensors a fast
+eager path (`dispatch.use_backend` forces one of them).
+"""
+
+from capgap_kernels.dispatch import backend_of, use_backend
+from capgap_kernels.expert_mlp import expert_mlp
+from capgap_kernels.permutation import combine, permute
+from capgap_kernels.reference import Routing
+from capgap_kernels.routing import route
+
+__all__ = ["Routing", "backend_of", "combine", "expert_mlp", "permute", "route", "use_backend"]

@@ -1,0 +1,215 @@
+"""Runs every token through the two-layer feed-forward networks of its chosen experts."""
+
+# N tokens, D hidden, E experts, K chosen experts, F feed-forward width, V = slots of valid tokens, M = N*K slots
+
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from capgap_kernels.reference import Routing
+
+
+def expert_mlp(
+    hidden_ND: Tensor,
+    routing: Routing,
+    w1_EFD: Tensor,
+    w2_EDF: Tensor,
+    *,
+    b1_EF: Tensor | None = None,
+    b2_ED: Tensor | None = None,
+    w3_EFD: Tensor | None = None,
+    activation: Literal["gelu", "silu"] = "gelu",
+) -> Tensor:
+    """[N, D]: the gate-weighted sum of `w2 act(w1 x + b1) + b2` over each token's chosen experts.
+
+    With `w3_EFD` the experts are gated, `w2 (act(w1 x + b1) * (w3 x)) + b2` (SwiGLU with activation="silu"). GELU is
+    the exact one (erf). Padding tokens of `routing` give exactly 0 and get no gradient. Under autocast the products run
+    in the autocast dtype; otherwise all tensors share one dtype. The result has the dtype of the products. Gradients flow to `hidden_ND`, `routing.gate_NK` and every weight and bias.
+
+    Raises ValueError for shapes that do not fit together, mixed dtypes and an unknown activation.
+    """
+    _check(hidden_ND, routing, w1_EFD, w2_EDF, b1_EF, b2_ED, w3_EFD, activation)
+    device = hidden_ND.device.type
+    tensors = [hidden_ND, w1_EFD, w2_EDF, b1_EF, b2_ED, w3_EFD]
+    if torch.is_autocast_enabled(device) and hidden_ND.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        tensors = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+    dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
+    if len(dtypes) > 1:
+        given = zip(("hidden_ND", "w1_EFD", "w2_EDF", "b1_EF", "b2_ED", "w3_EFD"), tensors, strict=True)
+        raise ValueError(
+            "all tensors of expert_mlp must share one dtype outside autocast, got "
+            + ", ".join(f"{name} {tensor.dtype}" for name, tensor in given if tensor is not None)
+        )
+    with torch.autocast(device, enabled=False):
+        return _EagerExpertMLP.apply(routing.gate_NK, *tensors, routing, activation)
+
+
+def _check(
+    hidden_ND: Tensor,
+    routing: Routing,
+    w1_EFD: Tensor,
+    w2_EDF: Tensor,
+    b1_EF: Tensor | None,
+    b2_ED: Tensor | None,
+    w3_EFD: Tensor | None,
+    activation: str,
+) -> None:
+    num_tokens, num_experts = routing.gate_NK.shape[0], routing.num_experts
+    if hidden_ND.ndim != 2 or hidden_ND.shape[0] != num_tokens:
+        raise ValueError(f"hidden_ND must be [{num_tokens}, D] for this routing, got shape {tuple(hidden_ND.shape)}")
+    if not hidden_ND.is_floating_point():
+        raise ValueError(f"hidden_ND must be floating point, got {hidden_ND.dtype}")
+    hidden = hidden_ND.shape[1]
+    if w1_EFD.ndim != 3 or w1_EFD.shape[0] != num_experts or w1_EFD.shape[2] != hidden:
+        raise ValueError(
+            f"w1_EFD must be [{num_experts}, F, {hidden}] for this routing and hidden_ND {tuple(hidden_ND.shape)}, "
+            f"got shape {tuple(w1_EFD.shape)}"
+        )
+    width = w1_EFD.shape[1]
+    expected = {
+        "w2_EDF": (w2_EDF, (num_experts, hidden, width)),
+        "b1_EF": (b1_EF, (num_experts, width)),
+        "b2_ED": (b2_ED, (num_experts, hidden)),
+        "w3_EFD": (w3_EFD, (num_experts, width, hidden)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(
+                f"{name} must have shape {shape} for w1_EFD {tuple(w1_EFD.shape)}, got {tuple(tensor.shape)}"
+            )
+    if activation not in ("gelu", "silu"):
+        raise ValueError(f"activation={activation!r} must be 'gelu' or 'silu'")
+
+
+class _EagerExpertMLP(torch.autograd.Function):
+    """Sorted rows, one contiguous slice per expert, products written in place.
+
+    Its own backward because autograd through `w1_EFD[expert]` would add a full-size zero tensor per expert.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate_NK: Tensor,
+        hidden_ND: Tensor,
+        w1_EFD: Tensor,
+        w2_EDF: Tensor,
+        b1_EF: Tensor | None,
+        b2_ED: Tensor | None,
+        w3_EFD: Tensor | None,
+        routing: Routing,
+        activation: str,
+    ) -> Tensor:
+        bounds = routing.offsets_E1.tolist()
+        num_rows, num_slots, hidden = bounds[-1], routing.slot_M.shape[0], hidden_ND.shape[1]
+        slot_V = routing.slot_M[:num_rows]
+        x_VD = hidden_ND.index_select(0, slot_V // routing.top_k)
+        pre_VF = x_VD.new_empty(num_rows, w1_EFD.shape[1])
+        up_VF = None if w3_EFD is None else torch.empty_like(pre_VF)
+        inner_VF = torch.empty_like(pre_VF)
+        # Rows of padding slots stay 0, so that combining needs no mask.
+        y_MD = x_VD.new_empty(num_slots, hidden)
+        y_MD[num_rows:] = 0
+        for expert, (start, stop) in enumerate(pairwise(bounds)):
+            if start == stop:
+                continue
+            rows = slice(start, stop)
+            _linear(x_VD[rows], w1_EFD[expert], None if b1_EF is None else b1_EF[expert], out=pre_VF[rows])
+            _activate(pre_VF[rows], activation, out=inner_VF[rows])
+            if w3_EFD is not None and up_VF is not None:
+                _linear(x_VD[rows], w3_EFD[expert], None, out=up_VF[rows])
+                inner_VF[rows] *= up_VF[rows]
+            _linear(inner_VF[rows], w2_EDF[expert], None if b2_ED is None else b2_ED[expert], out=y_MD[rows])
+        out_ND = _weighted_sum(y_MD, gate_NK, routing.position_NK)
+
+        ctx.save_for_backward(gate_NK, w1_EFD, w2_EDF, w3_EFD, x_VD, pre_VF, up_VF, inner_VF, y_MD[:num_rows], slot_V)
+        ctx.position_NK, ctx.bounds, ctx.activation = routing.position_NK, bounds, activation
+        return out_ND
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_ND,) = grad_outputs
+        gate_NK, w1_EFD, w2_EDF, w3_EFD, x_VD, pre_VF, up_VF, inner_VF, y_VD, slot_V = ctx.saved_tensors
+        needs_gate, needs_hidden, needs_w1, needs_w2, needs_b1, needs_b2, needs_w3 = ctx.needs_input_grad[:7]
+        num_rows, num_slots = x_VD.shape[0], gate_NK.numel()
+        grad_VD = grad_ND.index_select(0, slot_V // gate_NK.shape[1])
+        gate_V = gate_NK.flatten().index_select(0, slot_V)
+
+        grad_gate_NK = None
+        if needs_gate:
+            wide = gate_NK.dtype
+            grad_gate_M = gate_NK.new_zeros(num_slots)
+            grad_gate_M[slot_V] = (grad_VD.to(wide) * y_VD.to(wide)).sum(-1)
+            grad_gate_NK = grad_gate_M.view_as(gate_NK)
+
+        grad_y_VD = (grad_VD * gate_V[:, None]).to(x_VD.dtype)
+        grad_x_MD = x_VD.new_empty(num_slots, x_VD.shape[1])
+        grad_x_MD[num_rows:] = 0
+        grad_w1_EFD = torch.zeros_like(w1_EFD) if needs_w1 else None
+        grad_w2_EDF = torch.zeros_like(w2_EDF) if needs_w2 else None
+        grad_w3_EFD = torch.zeros_like(w3_EFD) if needs_w3 else None
+        grad_b1_EF = w1_EFD.new_zeros(w1_EFD.shape[:2]) if needs_b1 else None
+        grad_b2_ED = w2_EDF.new_zeros(w2_EDF.shape[:2]) if needs_b2 else None
+        for expert, (start, stop) in enumerate(pairwise(ctx.bounds)):
+            if start == stop:
+                continue
+            rows = slice(start, stop)
+            grad_y = grad_y_VD[rows]
+            grad_inner = grad_y @ w2_EDF[expert]
+            if grad_w2_EDF is not None:
+                torch.mm(grad_y.t(), inner_VF[rows], out=grad_w2_EDF[expert])
+            if grad_b2_ED is not None:
+                torch.sum(grad_y, 0, out=grad_b2_ED[expert])
+            grad_up = None
+            if up_VF is not None:
+                grad_up = grad_inner * _activate(pre_VF[rows], ctx.activation)
+                grad_inner *= up_VF[rows]
+            grad_pre = _activation_backward(grad_inner, pre_VF[rows], ctx.activation)
+            if grad_w1_EFD is not None:
+                torch.mm(grad_pre.t(), x_VD[rows], out=grad_w1_EFD[expert])
+            if grad_b1_EF is not None:
+                torch.sum(grad_pre, 0, out=grad_b1_EF[expert])
+            if needs_hidden:
+                torch.mm(grad_pre, w1_EFD[expert], out=grad_x_MD[rows])
+            if grad_up is not None:
+                if grad_w3_EFD is not None:
+                    torch.mm(grad_up.t(), x_VD[rows], out=grad_w3_EFD[expert])
+                if needs_hidden:
+                    grad_x_MD[rows].addmm_(grad_up, w3_EFD[expert])
+        grad_hidden_ND = _weighted_sum(grad_x_MD, None, ctx.position_NK) if needs_hidden else None
+        return (
+            grad_gate_NK, grad_hidden_ND, grad_w1_EFD, grad_w2_EDF, grad_b1_EF, grad_b2_ED, grad_w3_EFD, None, None,
+        )  # fmt: skip
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _activate(pre: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
+    function = torch._C._nn.gelu if activation == "gelu" else torch._C._nn.silu
+    return function(pre) if out is None else function(pre, out=out)
+
+
+def _activation_backward(grad: Tensor, pre: Tensor, activation: str) -> Tensor:
+    """The gradient before the activation; overwrites and returns `grad`."""
+    if activation == "gelu":
+        return torch.ops.aten.gelu_backward.grad_input(grad, pre, grad_input=grad)
+    return torch.ops.aten.silu_backward.grad_input(grad, pre, grad_input=grad)
+
+
+def _weighted_sum(rows_MD: Tensor, gate_NK: Tensor | None, position_NK: Tensor) -> Tensor:
+    """[N, D]: each token's rows of `rows_MD`, weighted by its gates, summed in at least float32."""
+    num_tokens, top_k = position_NK.shape
+    rows_NKD = rows_MD.index_select(0, position_NK.flatten()).view(num_tokens, top_k, -1)
+    if gate_NK is None:
+        return rows_NKD[:, 0] if top_k == 1 else rows_NKD.sum(1)
+    if top_k == 1:
+        return (rows_NKD[:, 0] * gate_NK).to(rows_MD.dtype)
+    return torch.einsum("nkd,nk->nd", rows_NKD.to(gate_NK.dtype), gate_NK).to(rows_MD.dtype)

@@ -1,0 +1,160 @@
+"""The plain twin of every kernel: these lines are the definition that the tests hold the fast paths to.
+
+Shape legend: N tokens, D hidden, E experts, K chosen experts per token, M = N*K slots, F expert feed-forward width,
+B batch, T tokens of a row.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Keeps a renormalised gate finite when every chosen sigmoid has underflowed.
+RENORMALIZE_FLOOR = 1e-20
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where every token goes, with what weight, and the sums that router losses need.
+
+    A *slot* is one choice of one token, flat index `token * K + choice`. Slots sorted by expert (token order kept
+    within an expert, slots of padding tokens last) give the *permuted* order.
+    """
+
+    expert_NK: Tensor  # int64, best first; meaningless for padding tokens (but in range)
+    gate_NK: Tensor  # float32 (float64 for float64 logits), differentiable; 0 for padding tokens
+    tokens_per_expert_E: Tensor  # int64, slots of valid tokens
+    gate_sum_E: Tensor  # differentiable: sum over valid tokens of the full score (softmax or sigmoid)
+    z_loss_sum: Tensor  # differentiable scalar: sum over valid tokens of logsumexp(logits)^2
+    entropy_sum: Tensor  # scalar without gradient: sum over valid tokens of the entropy of the scores, in nats
+    slot_M: Tensor  # int64: permuted position -> slot
+    position_NK: Tensor  # int64: slot -> permuted position, the inverse of slot_M
+    offsets_E1: Tensor  # int64 [E+1]: rows offsets[e]:offsets[e+1] of the permuted order belong to expert e
+
+    @property
+    def top_k(self) -> int:
+        return self.gate_NK.shape[1]
+
+    @property
+    def num_experts(self) -> int:
+        return self.tokens_per_expert_E.shape[0]
+
+    @property
+    def placed_NK(self) -> Tensor:
+        """True for the slots that an expert computes, False for those of padding tokens."""
+        return self.position_NK < self.offsets_E1[-1]
+
+
+def route(
+    router_logits_NE: Tensor,
+    *,
+    top_k: int = 1,
+    score_function: str = "softmax",
+    renormalize: bool = False,
+    selection_bias_E: Tensor | None = None,
+    valid_N: Tensor | None = None,
+) -> Routing:
+    """Routing of every token to its `top_k` experts; ties go to the lower expert index."""
+    num_tokens, num_experts = router_logits_NE.shape
+    logits_NE = router_logits_NE if router_logits_NE.dtype == torch.float64 else router_logits_NE.float()
+    padding_N1 = torch.zeros_like(logits_NE[:, :1], dtype=torch.bool) if valid_N is None else ~valid_N.bool()[:, None]
+    logits_NE = logits_NE.masked_fill(padding_N1, 0.0)  # first, so that garbage in padding rows reaches nothing
+    scores_NE = logits_NE.softmax(-1) if score_function == "softmax" else logits_NE.sigmoid()
+    # Both score functions are monotone: without a bias the logits choose, so that saturated scores do not tie.
+    selection_NE = logits_NE if selection_bias_E is None else scores_NE + selection_bias_E.to(scores_NE.dtype)
+    if top_k == 1:
+        expert_NK = selection_NE.detach().argmax(-1, keepdim=True)
+    else:
+        expert_NK = selection_NE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    gate_NK = scores_NE.gather(1, expert_NK)
+    if renormalize:
+        gate_NK = gate_NK / (gate_NK.sum(-1, keepdim=True) + RENORMALIZE_FLOOR)
+
+    key_M = expert_NK.masked_fill(padding_N1, num_experts).flatten()
+    slot_M = key_M.argsort(stable=True)
+    position_M = torch.empty_like(slot_M)
+    position_M[slot_M] = torch.arange(slot_M.numel(), device=slot_M.device)
+    tokens_per_expert_E = torch.bincount(key_M, minlength=num_experts + 1)[:num_experts]
+    z_loss_N = logits_NE.logsumexp(-1).square()
+    share_NE = (scores_NE / scores_NE.sum(-1, keepdim=True)).detach()
+    entropy_N = torch.special.entr(share_NE).sum(-1)
+    return Routing(
+        expert_NK=expert_NK,
+        gate_NK=gate_NK.masked_fill(padding_N1, 0.0),
+        tokens_per_expert_E=tokens_per_expert_E,
+        gate_sum_E=scores_NE.masked_fill(padding_N1, 0.0).sum(0),
+        z_loss_sum=z_loss_N.masked_fill(padding_N1[:, 0], 0.0).sum(),
+        entropy_sum=entropy_N.masked_fill(padding_N1[:, 0], 0.0).sum(),
+        slot_M=slot_M,
+        position_NK=position_M.view(num_tokens, top_k),
+        offsets_E1=F.pad(tokens_per_expert_E.cumsum(0), (1, 0)),
+    )
+
+
+def permute(hidden_ND: Tensor, routing: Routing) -> Tensor:
+    """[M, D]: the row of every slot's token, sorted by expert; rows past `offsets_E1[-1]` (padding) are 0."""
+    permuted_MD = hidden_ND[routing.slot_M // routing.top_k]
+    past_end_M = torch.arange(len(permuted_MD), device=permuted_MD.device) >= routing.offsets_E1[-1]
+    return permuted_MD.masked_fill(past_end_M[:, None], 0.0)
+
+
+def combine(permuted_MD: Tensor, routing: Routing) -> Tensor:
+    """[N, D]: the gate-weighted sum of each token's K permuted rows; 0 for padding tokens."""
+    rows_NKD = permuted_MD[routing.position_NK].masked_fill(~routing.placed_NK[..., None], 0.0)
+    gate_NK = routing.gate_NK.masked_fill(~routing.placed_NK, 0.0)
+    return (rows_NKD * gate_NK[..., None]).sum(1).to(permuted_MD.dtype)
+
+
+def expert_mlp(
+    hidden_ND: Tensor,
+    routing: Routing,
+    w1_EFD: Tensor,
+    w2_EDF: Tensor,
+    *,
+    b1_EF: Tensor | None = None,
+    b2_ED: Tensor | None = None,
+    w3_EFD: Tensor | None = None,
+    activation: str = "gelu",
+) -> Tensor:
+    """[N, D]: every expert computes every token here; the gates of the chosen ones weight the sum."""
+    act = {"gelu": F.gelu, "silu": F.silu}[activation]
+    placed_NK = routing.placed_NK
+    hidden_ND = hidden_ND.masked_fill(~placed_NK.any(1, keepdim=True), 0.0)
+    out_ND = torch.zeros_like(hidden_ND, dtype=torch.promote_types(hidden_ND.dtype, routing.gate_NK.dtype))
+    for expert in range(routing.num_experts):
+        inner_NF = act(F.linear(hidden_ND, w1_EFD[expert], None if b1_EF is None else b1_EF[expert]))
+        if w3_EFD is not None:
+            inner_NF = inner_NF * F.linear(hidden_ND, w3_EFD[expert])
+        expert_out_ND = F.linear(inner_NF, w2_EDF[expert], None if b2_ED is None else b2_ED[expert])
+        chosen_NK = (routing.expert_NK == expert) & placed_NK
+        gate_N = routing.gate_NK.masked_fill(~chosen_NK, 0.0).sum(1)
+        out_ND = out_ND + gate_N[:, None] * expert_out_ND
+    return out_ND.to(hidden_ND.dtype)
+
+# ---- relation_kl: B batch, T tokens of a row, H relation heads, D width of one side ----
+
+
+def relation_kl(
+    student: tuple[Tensor, Tensor, Tensor],
+    teacher: tuple[Tensor, Tensor, Tensor],
+    valid_BT: Tensor,
+    *,
+    num_relation_heads: int = 32,
+) -> Tensor:
+    """Sum over valid tokens of KL(teacher || student) between self-relations, mean over Q-Q, K-K, V-V and over heads."""
+
+    def log_relation_BHTT(projected_BTD: Tensor) -> Tensor:
+        width = projected_BTD.shape[-1] // num_relation_heads
+        dtype = torch.float64 if projected_BTD.dtype == torch.float64 else torch.float32
+        heads_BHTW = projected_BTD.to(dtype).unflatten(-1, (num_relation_heads, width)).transpose(1, 2)
+        scores_BHTT = heads_BHTW @ heads_BHTW.transpose(-1, -2) * width**-0.5
+        # The lowest finite number and not -inf: a row without any valid key must stay a number.
+        return scores_BHTT.masked_fill(~valid_BT[:, None, None, :], torch.finfo(dtype).min).log_softmax(-1)
+
+    sums = []
+    for of_student_BTD, of_teacher_BTD in zip(student, teacher, strict=True):
+        log_q, log_p = log_relation_BHTT(of_student_BTD), log_relation_BHTT(of_teacher_BTD.detach())
+        kl_BT = (log_p.exp() * (log_p - log_q)).sum(-1).mean(1)
+        sums.append(kl_BT.masked_fill(~valid_BT, 0.0).sum())
+    return torch.stack(sums).mean()

@@ -1,0 +1,66 @@
+"""Routes tokens to experts: scores, top-k choice, gates, router-loss sums and the permutation in one call."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from capgap_kernels import reference
+from capgap_kernels.reference import Routing
+
+MAX_TOP_K = 8
+
+
+def route(
+    router_logits_NE: Tensor,
+    *,
+    top_k: int = 1,
+    score_function: Literal["softmax", "sigmoid"] = "softmax",
+    renormalize: bool = False,
+    selection_bias_E: Tensor | None = None,
+    valid_N: Tensor | None = None,
+) -> Routing:
+    """The `Routing` of N tokens over E experts, from router logits [N, E], without a host sync on a GPU.
+
+    Scores are the softmax (or sigmoid) of the logits in float32 (float64 stays float64). The `top_k` best are chosen by
+    score, or by score + `selection_bias_E` [E], which steers the choice and never the gate (arXiv 2408.15664); ties go
+    to the lower index. `renormalize` divides a token's gates by their sum. Tokens with `valid_N` [N] False are counted
+    nowhere, get gate 0, no gradient and the last permuted rows.
+    Gradients flow from `gate_NK`, `gate_sum_E` and `z_loss_sum` to the logits.
+
+    Raises ValueError for wrong shapes or dtypes, and for a top_k outside 1..min(E, 8).
+    """
+    if router_logits_NE.ndim != 2:
+        raise ValueError(f"router_logits_NE must be [tokens, experts], got shape {tuple(router_logits_NE.shape)}")
+    if not router_logits_NE.is_floating_point():
+        raise ValueError(f"router_logits_NE must be floating point, got {router_logits_NE.dtype}")
+    num_tokens, num_experts = router_logits_NE.shape
+    if not 1 <= top_k <= min(num_experts, MAX_TOP_K):
+        raise ValueError(
+            f"top_k={top_k} must lie in 1..{min(num_experts, MAX_TOP_K)}: router_logits_NE has {num_experts} experts, "
+            f"and at most {MAX_TOP_K} may be chosen"
+        )
+    if score_function not in ("softmax", "sigmoid"):
+        raise ValueError(f"score_function={score_function!r} must be 'softmax' or 'sigmoid'")
+    if selection_bias_E is not None and selection_bias_E.shape != (num_experts,):
+        raise ValueError(
+            f"selection_bias_E must have shape ({num_experts},) for router_logits_NE {tuple(router_logits_NE.shape)}, "
+            f"got {tuple(selection_bias_E.shape)}"
+        )
+    if valid_N is not None and valid_N.shape != (num_tokens,):
+        raise ValueError(
+            f"valid_N must have shape ({num_tokens},) for router_logits_NE {tuple(router_logits_NE.shape)}, "
+            f"got {tuple(valid_N.shape)}"
+        )
+    if valid_N is not None and valid_N.dtype != torch.bool:
+        raise ValueError(f"valid_N must be torch.bool, got {valid_N.dtype}")
+    if selection_bias_E is not None:
+        selection_bias_E = selection_bias_E.detach()
+    return reference.route(
+        router_logits_NE,
+        top_k=top_k,
+        score_function=score_function,
+        renormalize=renormalize,
+        selection_bias_E=selection_bias_E,
+        valid_N=valid_N,
+    )
