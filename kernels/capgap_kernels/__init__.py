@@ -8,6 +8,7 @@ from capgap_kernels.dispatch import backend_of, use_backend
 from capgap_kernels.expert_mlp import expert_mlp
 from capgap_kernels.permutation import combine, permute
 from capgap_kernels.reference import Routing
+from capgap_kernels.relation_kl import relation_kl
 from capgap_kernels.routing import route
 
-__all__ = ["Routing", "backend_of", "combine", "expert_mlp", "permute", "route", "use_backend"]
+__all__ = ["Routing", "backend_of", "combine", "expert_mlp", "permute", "relation_kl", "route", "use_backend"]
