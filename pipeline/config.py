@@ -1,0 +1,454 @@
+"""What a run is: frozen dataclasses, one line of doc under each field, read from a YAML recipe and dotted flags.
+
+Nothing here imports torch, so that a mistake shows within a second of pressing enter.
+"""
+
+import difflib
+import json
+import sys
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from data_prep.errors import ConfigError
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which shards are read, and in which order."""
+
+    shards: str = "???"
+    """Folder written by `capgap prepare`."""
+    order_seed: int = 0
+    """Seed of the global sample order; with the epoch it alone decides the order."""
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The frozen model that is imitated."""
+
+    model: str = "???"
+    """Local folder, hub name, or `package:NAME` for a folder inside an installed Python package."""
+    revision: str | None = None
+    """Hub revision; required together with trust_remote_code."""
+    relation_layer: int = -1
+    """Layer whose query, key and value relations are imitated: -1 is the last; for 24 layers an upper-middle one."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the teacher. Needs a pinned revision or a local folder."""
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The model that is trained."""
+
+    architecture: Literal["dense", "minimoe"] = "minimoe"
+    """`dense` is a plain BertModel, `minimoe` the mixture of minimal experts (arXiv 2305.12129)."""
+    num_hidden_layers: int = 3
+    """Transformer blocks."""
+    hidden_size: int = 384
+    """Width of the hidden states."""
+    num_attention_heads: int = 12
+    """Attention heads."""
+    intermediate_size: int = 1536
+    """Width of each expert's (or the dense) feed-forward layer."""
+    num_experts: int = 4
+    """Feed-forward experts per layer, one of which is active per token. Only minimoe reads it."""
+    num_attention_experts: int = 1
+    """Attention experts per layer (query, key, value and output maps); 1 is plain attention. Only minimoe reads it."""
+    router_jitter: float = 0.0
+    """Uniform noise of plus or minus this size on the router logits in training."""
+    dropout: float = 0.0
+    """Dropout on hidden states and attention in training."""
+    init_from: str | None = None
+    """BERT-family folder of the same width to start from, or `teacher`; none starts from random weights."""
+    init_layers: tuple[int, ...] | None = None
+    """Layers of init_from that become the student's layers; none spreads them evenly and ends at the last."""
+    expert_init: Literal["identical", "shared", "importance"] = "shared"
+    """How one dense feed-forward layer becomes experts; importance shares the neurons with the largest weights."""
+    shared_fraction: float = 0.6667
+    """Part of each expert's neurons that all experts start with (arXiv 2305.12129); the rest is its own."""
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"student.hidden_size ({self.hidden_size}) is not divisible by student.num_attention_heads "
+                f"({self.num_attention_heads}) - every head needs the same width - change one of the two"
+            )
+        for name in ("num_hidden_layers", "num_experts", "num_attention_experts", "intermediate_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"student.{name} ({getattr(self, name)}) must be at least 1")
+        if not 0.0 <= self.shared_fraction <= 1.0:
+            raise ConfigError(f"student.shared_fraction ({self.shared_fraction}) must lie between 0 and 1")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the losses; a loss of weight 0 is not computed."""
+
+    relation_kl: float = 1.0
+    """MiniLMv2 self-relations (arXiv 2012.15828): mean over Q-Q, K-K and V-V of KL(teacher || student)."""
+    num_relation_heads: int = 32
+    """Heads that the queries, keys and values are cut into for the relations."""
+    balance: float = 0.01
+    """Load balance over the global batch: E * sum_e(mean gate_e * token share_e), mean over routers."""
+    router_z: float = 0.0
+    """Mean squared logsumexp of the router logits (arXiv 2202.08906)."""
+
+    def __post_init__(self) -> None:
+        for name, weight in asdict(self).items():
+            if weight < 0:
+                raise ConfigError(f"loss.{name} ({weight}) must not be negative")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the rate falls after the warm-up."""
+    warmup_fraction: float = 0.01
+    """Part of all steps over which the rate rises from zero."""
+    final_learning_rate_ratio: float = 0.0
+    """Where the schedule ends, as a part of the peak."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of matrices and embeddings; biases and norms have none."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    max_grad_norm: float = 5.0
+    """Global gradient norm is clipped to this; 0 turns clipping off."""
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """How many rows make a step. Accumulation steps follow: global / (micro * ranks)."""
+
+    global_size: int = 1024
+    """Rows per optimizer step over all ranks."""
+    micro_size: int = 128
+    """Rows per forward pass on one rank."""
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches that one rank runs per step; ConfigError names the nearest valid sizes if it is not whole."""
+        stride = self.micro_size * world_size
+        if self.global_size < 1 or self.micro_size < 1:
+            raise ConfigError(f"batch sizes must be at least 1 (global {self.global_size}, micro {self.micro_size})")
+        if self.global_size % stride == 0:
+            return self.global_size // stride
+        below, above = self.global_size // stride * stride, (self.global_size // stride + 1) * stride
+        nearest = " or ".join(str(size) for size in (below, above) if size)
+        per_rank = self.global_size // world_size if self.global_size % world_size == 0 else 0
+        micro = max((m for m in range(1, min(self.micro_size, per_rank) + 1) if per_rank % m == 0), default=0)
+        mend = f"set batch.global_size to {nearest}" + (f", or batch.micro_size to {micro}" if micro else "")
+        raise ConfigError(
+            f"batch.global_size ({self.global_size}) is not a multiple of batch.micro_size x ranks "
+            f"({self.micro_size} x {world_size} = {stride}) - every rank must run whole micro-batches - {mend}"
+        )
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the step is run."""
+
+    ds_config: str = "ds_configs/zero1.json"
+    """DeepSpeed JSON with ZeRO, offload and communication settings; nothing that this schema already says."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Arithmetic of student and teacher; bf16 keeps fp32 master weights and gradient sums."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about one more student forward."""
+    timeout_minutes: float = 30.0
+    """A collective that takes longer ends the run."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What survives a kill."""
+
+    every_steps: int = 500
+    """Steps between checkpoints; the last step always has one."""
+    keep_last: int = 3
+    """Complete checkpoints that are kept; older ones go only after a newer one is complete."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1 or self.keep_last < 1:
+            raise ConfigError("checkpoint.every_steps and checkpoint.keep_last must be at least 1")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is seen while it runs."""
+
+    every_steps: int = 10
+    """Steps between lines in metrics.jsonl, TensorBoard and the progress line."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One distillation run."""
+
+    out: str = "???"
+    """Folder of the run: checkpoints, logs, export."""
+    steps: int | None = None
+    """Optimizer steps; give this or epochs."""
+    epochs: float | None = None
+    """Passes over the shards; give this or steps."""
+    seed: int = 0
+    """Seed of the initial weights, dropout and jitter."""
+    data: DataConfig = field(default_factory=DataConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def num_steps(self, num_rows: int) -> int:
+        """Optimizer steps of the whole run over shards of `num_rows` rows."""
+        if (self.steps is None) == (self.epochs is None):
+            raise ConfigError(f"give exactly one of steps ({self.steps}) and epochs ({self.epochs})")
+        if num_rows < self.batch.global_size:
+            raise ConfigError(
+                f"batch.global_size ({self.batch.global_size}) is larger than the data: {self.data.shards} has "
+                f"{num_rows} rows - lower batch.global_size to {num_rows} or less, or prepare more text"
+            )
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return max(1, int(num_rows * self.epochs) // self.batch.global_size)
+
+
+# Keys that may change between the runs of one output folder, because no number of the run depends on them.
+SAFE_TO_CHANGE = ("log.", "checkpoint.", "engine.timeout_minutes", "out")
+
+
+def load_run_config(path: str | Path, overrides: list[str]) -> RunConfig:
+    """Reads a recipe (with its `extends` chain), applies dotted flags, and checks every key and type.
+
+    Args:
+        path: YAML recipe; `extends: other.yaml` is read relative to it and overridden by it.
+        overrides: `--section.field value` or `--section.field=value` pairs.
+
+    Raises:
+        ConfigError: names the file or flag, the key, and the nearest known key.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    schema = OmegaConf.structured(RunConfig)
+    _make_writable(schema)
+    try:
+        merged = schema
+        for origin, layer in [*_recipe_layers(Path(path)), *_flag_layers(overrides)]:
+            merged = _merge(merged, layer, origin)
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise ConfigError(f"{path}: {', '.join(missing)} must be given - add it to the recipe or as --{missing[0]}")
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {_first_line(error)}") from error
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def _recipe_layers(path: Path) -> list[tuple[str, Any]]:
+    """The chain of `extends`, the most general recipe first."""
+    import yaml
+    from omegaconf import DictConfig, OmegaConf
+
+    layers: list[tuple[str, Any]] = []
+    seen: set[Path] = set()
+    while True:
+        if path.resolve() in seen:
+            raise ConfigError(f"{path}: extends itself - break the circle")
+        seen.add(path.resolve())
+        if not path.is_file():
+            raise ConfigError(f"recipe not found: {path} - give an existing YAML file with --config")
+        try:
+            layer = OmegaConf.load(path)
+        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+            where = getattr(error, "problem_mark", None)
+            line = f":{where.line + 1}" if where else ""
+            reason = getattr(error, "problem", None) or _first_line(error)
+            raise ConfigError(f"{path}{line}: not readable as YAML - {reason}") from error
+        if not isinstance(layer, DictConfig):
+            raise ConfigError(f"{path}: a recipe is a mapping of sections, not a {type(layer).__name__}")
+        parent = layer.pop("extends", None)
+        layers.insert(0, (str(path), layer))
+        if parent is None:
+            return layers
+        path = path.parent / str(parent)
+
+
+def _flag_layers(overrides: list[str]) -> list[tuple[str, Any]]:
+    """One layer per flag, so that an error can name its flag."""
+    from omegaconf import OmegaConf
+
+    layers = []
+    words = list(overrides)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(f"unexpected argument {word!r} - values are given as --section.field value")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not words or words[0].startswith("--"):
+                raise ConfigError(f"flag --{key} has no value - write --{key} VALUE")
+            value = words.pop(0)
+        key = key.replace("-", "_")
+        _require_known_key(key, f"flag --{key}")
+        layers.append((f"flag --{key}", OmegaConf.from_dotlist([f"{key}={value}"])))
+    return layers
+
+
+def _merge(config: Any, layer: Any, origin: str) -> Any:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if origin.startswith("flag"):
+        pass
+    else:
+        for key in _dotted_keys(OmegaConf.to_container(layer)):
+            _require_known_key(key, origin)
+    try:
+        return OmegaConf.merge(config, layer)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or ""
+        raise ConfigError(f"{origin}: {key + ': ' if key and key not in origin else ''}{_first_line(error)}") from error
+
+
+def known_keys(schema: type = RunConfig, prefix: str = "") -> list[str]:
+    """Every dotted key of the schema, sections included."""
+    keys: list[str] = []
+    for spec in fields(schema):
+        keys.append(prefix + spec.name)
+        if isinstance(spec.type, type) and is_dataclass(spec.type):
+            keys += known_keys(spec.type, f"{prefix}{spec.name}.")
+    return keys
+
+
+def _dotted_keys(tree: Any, prefix: str = "") -> list[str]:
+    if not isinstance(tree, dict):
+        return []
+    keys = []
+    for name, value in tree.items():
+        keys += [f"{prefix}{name}", *_dotted_keys(value, f"{prefix}{name}.")]
+    return keys
+
+
+def _require_known_key(key: str, origin: str) -> None:
+    keys = known_keys()
+    if key in keys:
+        return
+    # A typo in the section name must not hide the field, so whole dotted keys are compared.
+    nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    hint = f" - did you mean {nearest[0]}?" if nearest else f" - sections are {', '.join(f.name for f in fields(RunConfig))}"
+    raise ConfigError(f"{origin}: unknown key {key}{hint}")
+
+
+def _make_writable(node: Any) -> None:
+    # Frozen dataclasses arrive read-only, which would refuse the merge; the result is frozen again.
+    from omegaconf import DictConfig, OmegaConf
+
+    OmegaConf.set_readonly(node, False)
+    for name in node:
+        if not OmegaConf.is_missing(node, name) and isinstance(node[name], DictConfig):
+            _make_writable(node[name])
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# Top-level keys of a DeepSpeed 0.19 config. DeepSpeed itself ignores what it does not know: a misspelt
+# `zero_optimization` trains at stage 0 without a word.
+DS_CONFIG_KEYS = frozenset(
+    """activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comms_logger communication_data_type
+    compile compression_training csv_monitor curriculum_learning data_efficiency data_types dataloader_drop_last
+    disable_allgather dump_state elasticity expert_parallel flops_profiler fp16 gradient_accumulation_dtype
+    gradient_accumulation_steps gradient_clipping gradient_predivide_factor graph_harvesting load_universal_checkpoint
+    memory_breakdown monitor_config nebula optimizer pipeline prescale_gradients progressive_layer_drop quantize_training
+    scheduler seq_parallel_communication_data_type sparse_attention sparse_gradients steps_per_print tensor_parallel
+    tensorboard timers torch_autocast train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism
+    wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
+    zero_optimization""".split()
+)
+# What RunConfig (or the trainer) says; a second place for the same number would have to be kept in step by hand.
+DS_CONFIG_OWNED = {
+    "train_batch_size": "batch.global_size",
+    "train_micro_batch_size_per_gpu": "batch.micro_size",
+    "gradient_accumulation_steps": "batch.global_size and batch.micro_size",
+    "gradient_clipping": "optimizer.max_grad_norm",
+    "optimizer": "optimizer.*",
+    "scheduler": "optimizer.schedule",
+    "bf16": "engine.precision",
+    "bfloat16": "engine.precision",
+    "fp16": "engine.precision",
+    "amp": "engine.precision",
+    "tensorboard": "log.*",
+    "load_universal_checkpoint": "the trainer",
+}
+
+
+def load_ds_config(name: str) -> dict[str, Any]:
+    """Reads a DeepSpeed JSON, refusing keys that DeepSpeed does not know and keys that RunConfig owns."""
+    path = next((p for p in (Path(name), PROJECT_ROOT / name) if p.is_file()), None)
+    if path is None:
+        known = ", ".join(sorted(p.name for p in (PROJECT_ROOT / "ds_configs").glob("*.json")))
+        raise ConfigError(f"engine.ds_config not found: {name} - give a JSON file; ds_configs/ holds {known}")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicate_keys)
+    except ValueError as error:
+        raise ConfigError(f"{path}: not readable as JSON - {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path}: a DeepSpeed config is a JSON object")
+    for key in settings:
+        if key in DS_CONFIG_OWNED:
+            raise ConfigError(f"{path}: {key} belongs to the recipe - remove it here and set {DS_CONFIG_OWNED[key]}")
+        if key not in DS_CONFIG_KEYS:
+            nearest = difflib.get_close_matches(key, sorted(DS_CONFIG_KEYS), n=1, cutoff=0.5)
+            hint = f" - did you mean {nearest[0]}?" if nearest else ""
+            raise ConfigError(f"{path}: DeepSpeed knows no key {key} and would ignore it{hint}")
+    return settings
+
+
+def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"key {twice} appears twice")
+    return dict(pairs)
+
+
+def changed_keys(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Dotted keys whose value differs and that decide numbers: `key (old -> new)`, safe keys left out."""
+    flat_before, flat_after = _flatten(before), _flatten(after)
+    return [
+        f"{key} ({flat_before.get(key)} -> {flat_after.get(key)})"
+        for key in sorted(flat_before.keys() | flat_after.keys())
+        if flat_before.get(key) != flat_after.get(key) and not key.startswith(SAFE_TO_CHANGE)
+    ]
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def print_fields() -> None:
+    """Prints every field with its default and its line of doc (the `--help` of a run)."""
+    import tyro
+
+    parser = tyro.extras.get_parser(RunConfig, prog="pipeline.distill", description="Distils one student from a recipe.")
+    parser.print_help(sys.stdout)

@@ -1,0 +1,51 @@
+"""What a model says about a batch, in the one form that every loss reads."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+# B rows, T tokens of a row, D hidden width, V vocabulary, E experts
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of token rows, padded at the end."""
+
+    input_ids: Tensor
+    """[B, T] int64."""
+    valid_BT: Tensor
+    """[B, T] bool, false on padding."""
+    token_type_ids: Tensor
+    """[B, T] int64, 1 on segment B."""
+
+
+@dataclass(frozen=True)
+class RouterSignals:
+    """Statistics of one router over the valid tokens of a micro-batch; all are sums, so that they can be added up."""
+
+    gate_sum_E: Tensor
+    """[E] sum of the router's scores, with gradient."""
+    tokens_per_expert_E: Tensor
+    """[E] tokens sent to each expert, without gradient."""
+    z_loss_sum: Tensor
+    """Scalar sum of squared logsumexp of the router logits, with gradient."""
+    entropy_sum: Tensor
+    """Scalar sum of the entropy of the scores in nats, without gradient."""
+    load_share_E: Tensor | None = None
+    """[E] share of the tokens of the *global* batch that each expert got; filled in by the training step."""
+
+
+@dataclass(frozen=True)
+class Signals:
+    """The parts of a forward pass that losses read; a model fills in what it can offer."""
+
+    valid_BT: Tensor
+    """[B, T] bool, false on padding."""
+    hidden_states_BTD: Tensor | None = None
+    """Last hidden states."""
+    logits_BTV: Tensor | None = None
+    """Output of the language-model head."""
+    relations: tuple[Tensor, Tensor, Tensor] | None = None
+    """Queries, keys and values [B, T, D] that are related to themselves."""
+    routers: dict[str, RouterSignals] = field(default_factory=dict)
+    """Statistics of each router, by the name of its module."""
