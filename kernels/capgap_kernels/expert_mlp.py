@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from capgap_kernels.reference import Routing
 
@@ -26,7 +27,8 @@ def expert_mlp(
 
     With `w3_EFD` the experts are gated, `w2 (act(w1 x + b1) * (w3 x)) + b2` (SwiGLU with activation="silu"). GELU is
     the exact one (erf). Padding tokens of `routing` give exactly 0 and get no gradient. Under autocast the products run
-    in the autocast dtype; otherwise all tensors share one dtype. The result has the dtype of the products. Gradients flow to `hidden_ND`, `routing.gate_NK` and every weight and bias.
+    in the autocast dtype; otherwise all tensors share one dtype. The result has the dtype of the products. Gradients
+    flow to `hidden_ND`, `routing.gate_NK` and every weight and bias.
 
     Raises ValueError for shapes that do not fit together, mixed dtypes and an unknown activation.
     """
@@ -130,6 +132,7 @@ class _EagerExpertMLP(torch.autograd.Function):
         return out_ND
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_ND,) = grad_outputs
         gate_NK, w1_EFD, w2_EDF, w3_EFD, x_VD, pre_VF, up_VF, inner_VF, y_VD, slot_V = ctx.saved_tensors
@@ -193,8 +196,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> N
 
 
 def _activate(pre: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
-    function = torch._C._nn.gelu if activation == "gelu" else torch._C._nn.silu
-    return function(pre) if out is None else function(pre, out=out)
+    function = torch.ops.aten.gelu if activation == "gelu" else torch.ops.aten.silu
+    return function(pre) if out is None else function.out(pre, out=out)
 
 
 def _activation_backward(grad: Tensor, pre: Tensor, activation: str) -> Tensor:

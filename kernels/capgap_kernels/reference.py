@@ -118,7 +118,7 @@ def expert_mlp(
     activation: str = "gelu",
 ) -> Tensor:
     """[N, D]: every expert computes every token here; the gates of the chosen ones weight the sum."""
-    act = {"gelu": F.gelu, "silu": F.silu}[activation]
+    act = F.gelu if activation == "gelu" else F.silu
     placed_NK = routing.placed_NK
     hidden_ND = hidden_ND.masked_fill(~placed_NK.any(1, keepdim=True), 0.0)
     out_ND = torch.zeros_like(hidden_ND, dtype=torch.promote_types(hidden_ND.dtype, routing.gate_NK.dtype))

@@ -1,0 +1,113 @@
+"""permute and combine against their float64 twins: values, every gradient by name, padding, refusals."""
+
+import pytest
+import torch
+from capgap_kernels import combine, permute, reference, route, use_backend
+from kernel_cases import CASES, assert_close, draw, draw_logits, draw_valid
+
+BACKENDS = ["eager"]
+
+
+def routing_of(case, dtype, device):
+    valid_N = draw_valid(case)
+    logits_NE = draw_logits(case).float().to(device, dtype)
+    return route(logits_NE, top_k=case.top_k, valid_N=None if valid_N is None else valid_N.to(device))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_permute_equals_the_float64_twin(case, backend, device):
+    results = []
+    for function, dtype, where in ((reference.permute, torch.float64, "cpu"), (permute, torch.float32, device)):
+        hidden_ND = draw(case.num_tokens, case.hidden, seed=1).float().to(where, dtype).requires_grad_()
+        with use_backend(backend if function is permute else "eager"):
+            permuted_MD = function(hidden_ND, routing_of(case, dtype, where))
+            upstream_MD = draw(*permuted_MD.shape, seed=2).float().to(where, dtype)
+            permuted_MD.backward(upstream_MD)
+        results.append({"permuted": permuted_MD, "gradient of hidden": hidden_ND.grad})
+    for what in results[0]:
+        assert_close(results[1][what], results[0][what], relative=1e-6, what=what)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_combine_equals_the_float64_twin(case, backend, device):
+    results = []
+    for function, dtype, where in ((reference.combine, torch.float64, "cpu"), (combine, torch.float32, device)):
+        logits_NE = draw_logits(case).float().to(where, dtype).requires_grad_()
+        valid_N = draw_valid(case)
+        permuted_MD = draw(case.num_tokens * case.top_k, case.hidden, seed=1).float().to(where, dtype)
+        permuted_MD.requires_grad_()
+        with use_backend(backend if function is combine else "eager"):
+            routing = route(logits_NE, top_k=case.top_k, valid_N=None if valid_N is None else valid_N.to(where))
+            routing.gate_NK.retain_grad()
+            combined_ND = function(permuted_MD, routing)
+            combined_ND.backward(draw(*combined_ND.shape, seed=2).float().to(where, dtype))
+        results.append(
+            {
+                "combined": combined_ND,
+                "gradient of permuted": permuted_MD.grad,
+                "gradient of gate": routing.gate_NK.grad,
+                "gradient of logits": logits_NE.grad if case.num_experts > 1 else torch.zeros(1),
+            }
+        )
+    for what in results[0]:
+        assert_close(results[1][what], results[0][what], relative=2e-6, what=what)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_garbage_in_the_rows_of_padding_reaches_nothing(backend, device):
+    case = CASES["k experts and padding"]
+    valid_N = draw_valid(case).to(device)
+    with use_backend(backend):
+        routing = routing_of(case, torch.float32, device)
+        hidden_ND = torch.where(valid_N[:, None], 1.0, torch.nan).requires_grad_()
+        permuted_MD = permute(hidden_ND, routing)
+        assert permuted_MD.isfinite().all()
+        num_rows = int(routing.offsets_E1[-1])
+        garbage_MD = permuted_MD.detach().clone()
+        garbage_MD[num_rows:] = torch.nan
+        garbage_MD.requires_grad_()
+        combined_ND = combine(garbage_MD, routing)
+        upstream_ND = torch.where(valid_N[:, None], combined_ND.detach(), torch.nan)
+        combined_ND.backward(upstream_ND)
+        permuted_MD.backward(
+            torch.where(torch.arange(len(garbage_MD), device=device)[:, None] < num_rows, 1.0, torch.nan)
+        )
+    assert combined_ND.isfinite().all() and not combined_ND[~valid_N].any()
+    assert garbage_MD.grad.isfinite().all() and not garbage_MD.grad[num_rows:].any()
+    assert hidden_ND.grad.isfinite().all() and not hidden_ND.grad[~valid_N].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_combine_undoes_permute_when_gates_sum_to_one(backend, device):
+    hidden_ND = draw(50, 12, seed=0).to(device, torch.bfloat16)
+    with use_backend(backend):
+        routing = route(draw(50, 5, seed=1).float().to(device), top_k=2, renormalize=True)
+        again_ND = combine(permute(hidden_ND, routing), routing)
+    assert again_ND.dtype == torch.bfloat16
+    assert_close(again_ND, hidden_ND, relative=5e-3, what="hidden")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_non_contiguous_inputs_and_upstream_gradients(backend, device):
+    hidden_ND = draw(12, 40, seed=0).float().to(device).t()
+    assert not hidden_ND.is_contiguous()
+    results = []
+    for which, leaf in ((backend, hidden_ND.detach()), ("eager", hidden_ND.contiguous())):
+        leaf.requires_grad_()
+        with use_backend(which):
+            routing = route(draw(40, 3, seed=1).float().to(device), top_k=2)
+            combined_ND = combine(permute(leaf, routing) * 2, routing)
+            (gradient,) = torch.autograd.grad(combined_ND.t()[::3].sum(), leaf)
+        results.append((combined_ND, gradient))
+    assert_close(results[0][0], results[1][0], relative=1e-6, what="combined")
+    assert_close(results[0][1], results[1][1], relative=1e-6, what="gradient of hidden")
+
+
+def test_refusals_name_the_argument_and_both_values():
+    routing = route(torch.randn(6, 4), top_k=2)
+    with pytest.raises(ValueError, match=r"hidden_ND must be \[6, D\].*\(5, 3\)"):
+        permute(torch.zeros(5, 3), routing)
+    with pytest.raises(ValueError, match=r"permuted_MD must be \[12, D\].*\(6, 3\)"):
+        combine(torch.zeros(6, 3), routing)
