@@ -1,1 +1,25 @@
-"""Evaluation tasks, one file each."""
+"""The list of evaluation tasks: what `capgap score --tasks` accepts."""
+
+from pipeline.eval_tasks import glue, ner
+from pipeline.eval_tasks.task import Task
+
+TASKS: dict[str, Task] = {
+    "cola": glue.COLA,
+    "sst2": glue.SST2,
+    "mrpc": glue.MRPC,
+    "stsb": glue.STSB,
+    "qqp": glue.QQP,
+    "mnli": glue.MNLI,
+    "qnli": glue.QNLI,
+    "rte": glue.RTE,
+    "wnli": glue.WNLI,
+    "conll2003": ner.CONLL2003,
+    "wnut17": ner.WNUT17,
+    "wikigold": ner.WIKIGOLD,
+}
+
+# Names that stand for several tasks. "glue" is what the GLUE score averages: the papers compared here leave out CoLA and WNLI.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "glue": ("sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"),
+    "ner": ("conll2003", "wnut17", "wikigold"),
+}

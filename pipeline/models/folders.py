@@ -1,0 +1,79 @@
+"""Finds the folder of a model and checks that it is whole, before anything heavy is imported."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import DataError
+
+
+def find_model_folder(name: str, *, revision: str | None = None) -> Path:
+    """The local folder of a model named by path, hub name, or `package:NAME` (a folder inside a Python package).
+
+    Raises DataError naming the missing file and how to get it.
+    """
+    if name.startswith("package:"):
+        folder = _package_folder(name)
+    elif Path(name).exists() or name.startswith((".", "/", "~")):
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            raise DataError(f"model folder not found: {name} - no such folder - give a Hugging Face model folder")
+    else:
+        folder = _hub_folder(name, revision)
+    config = read_model_config(folder)
+    del config
+    check_weights(folder)
+    return folder
+
+
+def _package_folder(name: str) -> Path:
+    package = name.removeprefix("package:")
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(f"model not found: {name} - no such package - pip install {package.replace('_', '-')}")
+    root = Path(next(iter(spec.submodule_search_locations)))
+    configs = sorted(root.rglob("config.json"), key=lambda path: len(path.parts))
+    if not configs:
+        raise DataError(f"model not found: {name} - the package holds no config.json - name another package or folder")
+    return configs[0].parent
+
+
+def _hub_folder(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.py"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # The hub client raises a dozen kinds for gated, missing, offline and refused.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"model not found: {name} - neither a local folder nor reachable on the hub ({reason}) - "
+            f"run `hf download {name}` where there is a network, or give a local folder"
+        ) from error
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise DataError(f"model file missing: {path} - a model folder needs its config - copy or download it again")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not readable as JSON ({error}) - download it again") from error
+
+
+def check_weights(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder; DataError names the first that is missing."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    for name in names:
+        if not (folder / name).is_file():
+            other = "; its pytorch_model.bin is a pickle, which we do not open: convert it to safetensors"
+            note = other if (folder / "pytorch_model.bin").is_file() else ""
+            raise DataError(f"model file missing: {folder / name} - weights are needed - download it again{note}")
+    return [folder / name for name in names]
