@@ -46,7 +46,7 @@ def expert_mlp(
             + ", ".join(f"{name} {tensor.dtype}" for name, tensor in given if tensor is not None)
         )
     with torch.autocast(device, enabled=False):
-        return _EagerExpertMLP.apply(routing.gate_NK, *tensors, routing, activation)
+        return _EagerExpertMLP.apply(routing.gate_NK, *tensors, routing, activation, torch.is_grad_enabled())
 
 
 def _check(
@@ -104,14 +104,17 @@ class _EagerExpertMLP(torch.autograd.Function):
         w3_EFD: Tensor | None,
         routing: Routing,
         activation: str,
+        keep_for_backward: bool,
     ) -> Tensor:
         bounds = routing.offsets_E1.tolist()
         num_rows, num_slots, hidden = bounds[-1], routing.slot_M.shape[0], hidden_ND.shape[1]
         slot_V = routing.slot_M[:num_rows]
         x_VD = hidden_ND.index_select(0, slot_V // routing.top_k)
-        pre_VF = x_VD.new_empty(num_rows, w1_EFD.shape[1])
+        # Without a backward one expert's rows are alive at a time: fresh pages cost more than the activation.
+        kept = num_rows if keep_for_backward else max(stop - start for start, stop in pairwise(bounds))
+        pre_VF = x_VD.new_empty(kept, w1_EFD.shape[1])
         up_VF = None if w3_EFD is None else torch.empty_like(pre_VF)
-        inner_VF = torch.empty_like(pre_VF)
+        inner_VF = torch.empty_like(pre_VF) if keep_for_backward else pre_VF
         # Rows of padding slots stay 0, so that combining needs no mask.
         y_MD = x_VD.new_empty(num_slots, hidden)
         y_MD[num_rows:] = 0
@@ -119,15 +122,20 @@ class _EagerExpertMLP(torch.autograd.Function):
             if start == stop:
                 continue
             rows = slice(start, stop)
-            _linear(x_VD[rows], w1_EFD[expert], None if b1_EF is None else b1_EF[expert], out=pre_VF[rows])
-            _activate(pre_VF[rows], activation, out=inner_VF[rows])
+            pre, inner = (x_RF[rows] if keep_for_backward else x_RF[: stop - start] for x_RF in (pre_VF, inner_VF))
+            _linear(x_VD[rows], w1_EFD[expert], None if b1_EF is None else b1_EF[expert], out=pre)
+            _activate(pre, activation, out=inner)
             if w3_EFD is not None and up_VF is not None:
-                _linear(x_VD[rows], w3_EFD[expert], None, out=up_VF[rows])
-                inner_VF[rows] *= up_VF[rows]
-            _linear(inner_VF[rows], w2_EDF[expert], None if b2_ED is None else b2_ED[expert], out=y_MD[rows])
+                up = up_VF[rows] if keep_for_backward else up_VF[: stop - start]
+                _linear(x_VD[rows], w3_EFD[expert], None, out=up)
+                inner *= up
+            _linear(inner, w2_EDF[expert], None if b2_ED is None else b2_ED[expert], out=y_MD[rows])
         out_ND = _weighted_sum(y_MD, gate_NK, routing.position_NK)
 
-        ctx.save_for_backward(gate_NK, w1_EFD, w2_EDF, w3_EFD, x_VD, pre_VF, up_VF, inner_VF, y_MD[:num_rows], slot_V)
+        if keep_for_backward:
+            ctx.save_for_backward(
+                gate_NK, w1_EFD, w2_EDF, w3_EFD, x_VD, pre_VF, up_VF, inner_VF, y_MD[:num_rows], slot_V
+            )
         ctx.position_NK, ctx.bounds, ctx.activation = routing.position_NK, bounds, activation
         return out_ND
 
@@ -184,7 +192,7 @@ class _EagerExpertMLP(torch.autograd.Function):
                     grad_x_MD[rows].addmm_(grad_up, w3_EFD[expert])
         grad_hidden_ND = _weighted_sum(grad_x_MD, None, ctx.position_NK) if needs_hidden else None
         return (
-            grad_gate_NK, grad_hidden_ND, grad_w1_EFD, grad_w2_EDF, grad_b1_EF, grad_b2_ED, grad_w3_EFD, None, None,
+            grad_gate_NK, grad_hidden_ND, grad_w1_EFD, grad_w2_EDF, grad_b1_EF, grad_b2_ED, grad_w3_EFD, None, None, None,
         )  # fmt: skip
 
 
