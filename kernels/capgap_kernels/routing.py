@@ -1,11 +1,13 @@
 """Routes tokens to experts: scores, top-k choice, gates, router-loss sums and the permutation in one call."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from capgap_kernels import reference
+from capgap_kernels.dispatch import backend_of
 from capgap_kernels.reference import Routing
 
 MAX_TOP_K = 8
@@ -56,6 +58,12 @@ def route(
         raise ValueError(f"valid_N must be torch.bool, got {valid_N.dtype}")
     if selection_bias_E is not None:
         selection_bias_E = selection_bias_E.detach()
+    if backend_of(router_logits_NE) == "triton":
+        return Routing(
+            *_TritonRoute.apply(
+                router_logits_NE, selection_bias_E, valid_N, top_k, score_function == "sigmoid", renormalize
+            )
+        )
     return reference.route(
         router_logits_NE,
         top_k=top_k,
@@ -64,3 +72,47 @@ def route(
         selection_bias_E=selection_bias_E,
         valid_N=valid_N,
     )
+
+
+class _TritonRoute(torch.autograd.Function):
+    """The fields of `Routing`, of which gates, gate sums and z-loss carry a gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        router_logits_NE: Tensor,
+        selection_bias_E: Tensor | None,
+        valid_N: Tensor | None,
+        top_k: int,
+        sigmoid: bool,
+        renormalize: bool,
+    ) -> tuple[Tensor, ...]:
+        from capgap_kernels.routing_triton import route_forward
+
+        fields = route_forward(
+            router_logits_NE, selection_bias_E, valid_N, top_k=top_k, sigmoid=sigmoid, renormalize=renormalize
+        )
+        expert_NK, _, tokens_per_expert_E, _, _, entropy_sum, slot_M, position_NK, offsets_E1 = fields
+        ctx.mark_non_differentiable(expert_NK, tokens_per_expert_E, entropy_sum, slot_M, position_NK, offsets_E1)
+        ctx.save_for_backward(router_logits_NE, valid_N, expert_NK)
+        ctx.sigmoid, ctx.renormalize = sigmoid, renormalize
+        return fields
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        from capgap_kernels.routing_triton import route_backward
+
+        router_logits_NE, valid_N, expert_NK = ctx.saved_tensors
+        _, grad_gate_NK, _, grad_gate_sum_E, grad_z_loss_sum, *_ = grad_outputs
+        grad_logits_NE = route_backward(
+            router_logits_NE,
+            valid_N,
+            expert_NK,
+            grad_gate_NK,
+            grad_gate_sum_E,
+            grad_z_loss_sum,
+            sigmoid=ctx.sigmoid,
+            renormalize=ctx.renormalize,
+        )
+        return grad_logits_NE, None, None, None, None, None

@@ -1,15 +1,14 @@
 """Kernel tests run Triton on the GPU where there is one, elsewhere under Triton's interpreter; fresh memory is NaN."""
 
-import os
-import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
+from capgap_kernels.interpreter import prepare_interpreter
 
-# Triton reads this when it is imported, so it must be set before any module imports triton.
-if not torch.cuda.is_available() and "triton" not in sys.modules:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+# Before the test modules import anything that imports triton.
+if not torch.cuda.is_available():
+    prepare_interpreter()
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import torch
 from capgap_kernels import reference, route, use_backend
 from kernel_cases import CASES, assert_close, draw, draw_logits, draw_valid
 
-BACKENDS = ["eager"]
+BACKENDS = ["eager", "triton"]
 OPTIONS = {
     "softmax": {},
     "sigmoid": {"score_function": "sigmoid"},
