@@ -5,7 +5,7 @@ import torch
 from capgap_kernels import combine, permute, reference, route, use_backend
 from kernel_cases import CASES, assert_close, draw, draw_logits, draw_valid
 
-BACKENDS = ["eager"]
+BACKENDS = ["eager", "triton"]
 
 
 def routing_of(case, dtype, device):
