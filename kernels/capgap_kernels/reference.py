@@ -4,14 +4,26 @@ Shape legend: N tokens, D hidden, E experts, K chosen experts per token, M = N*K
 B batch, T tokens of a row.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from capgap_kernels.teacher_signals import (
+    DistillationSums,
+    Teacher,
+    TeacherHead,
+    TeacherLogits,
+    TeacherSamples,
+    TeacherTopK,
+)
+
 # Keeps a renormalised gate finite when every chosen sigmoid has underflowed.
 RENORMALIZE_FLOOR = 1e-20
+# Of an outcome without probability: 1e-30, so that p log p and p / q stay numbers.
+LOWEST_LOG_PROBABILITY = math.log(1e-30)
 
 
 @dataclass(frozen=True)
@@ -132,6 +144,7 @@ def expert_mlp(
         out_ND = out_ND + gate_N[:, None] * expert_out_ND
     return out_ND.to(hidden_ND.dtype)
 
+
 # ---- relation_kl: B batch, T tokens of a row, H relation heads, D width of one side ----
 
 
@@ -142,7 +155,7 @@ def relation_kl(
     *,
     num_relation_heads: int = 32,
 ) -> Tensor:
-    """Sum over valid tokens of KL(teacher || student) between self-relations, mean over Q-Q, K-K, V-V and over heads."""
+    """Sum over valid tokens of KL(teacher || student) between self-relations, mean over the three and over heads."""
 
     def log_relation_BHTT(projected_BTD: Tensor) -> Tensor:
         width = projected_BTD.shape[-1] // num_relation_heads
@@ -158,3 +171,75 @@ def relation_kl(
         kl_BT = (log_p.exp() * (log_p - log_q)).sum(-1).mean(1)
         sums.append(kl_BT.masked_fill(~valid_BT, 0.0).sum())
     return torch.stack(sums).mean()
+
+
+# ---- linear_kl: N tokens, D hidden, V vocabulary, K kept ids per token ----
+
+
+def linear_kl(
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    teacher: Teacher | None,
+    *,
+    bias_V: Tensor | None = None,
+    labels_N: Tensor | None = None,
+    valid_N: Tensor | None = None,
+    vocab_size: int | None = None,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    kl_weight: float = 1.0,
+    ce_weight: float = 0.0,
+) -> DistillationSums:
+    """Sums over valid tokens of the divergence from the teacher and of the cross-entropy with the labels."""
+    real = slice(vocab_size)
+    wide = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
+
+    def logits_of(hidden_ND: Tensor, head_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+        return F.linear(hidden_ND.to(wide), head_VD[real].to(wide), None if bias_V is None else bias_V[real].to(wide))
+
+    valid_N = torch.ones(len(hidden_ND), dtype=torch.bool, device=hidden_ND.device) if valid_N is None else valid_N
+    logits_NV = logits_of(hidden_ND.masked_fill(~valid_N[:, None], 0.0), head_VD, bias_V)
+    kl_N = torch.zeros_like(logits_NV[:, 0])
+    ce_N = torch.zeros_like(logits_NV[:, 0])
+    log_q_NV = (logits_NV / temperature).log_softmax(-1)
+    with torch.no_grad():
+        if isinstance(teacher, TeacherHead):
+            log_p_NV = logits_of(teacher.hidden_ND, teacher.head_VD, teacher.bias_V).div(temperature).log_softmax(-1)
+        elif isinstance(teacher, TeacherLogits):
+            log_p_NV = teacher.logits_NV[:, real].to(wide).div(temperature).log_softmax(-1)
+    if isinstance(teacher, TeacherSamples):
+        kl_N = -(teacher.weights_NK.to(wide) * log_q_NV.gather(1, teacher.ids_NK.long())).sum(-1)
+        if teacher.entropy_N is not None:
+            kl_N = kl_N - teacher.entropy_N.to(wide)
+    elif teacher is not None:
+        if isinstance(teacher, TeacherTopK):
+            # K ids and the outcome "any other id", whose mass on the student's side is summed and not 1 - the rest.
+            log_p_NV = with_tail(teacher, log_q_NV.shape[1], wide)
+            others_NV = log_q_NV.scatter(1, teacher.ids_NK.long(), -torch.inf)
+            log_rest_N1 = others_NV.exp().sum(-1, keepdim=True).clamp_min(math.exp(LOWEST_LOG_PROBABILITY)).log()
+            log_q_NV = torch.cat([log_q_NV.gather(1, teacher.ids_NK.long()), log_rest_N1], dim=1)
+        if divergence == "forward_kl":
+            kl_N = (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(-1)
+        elif divergence == "reverse_kl":
+            kl_N = (log_q_NV.exp() * (log_q_NV - log_p_NV)).sum(-1)
+        else:  # "jsd": beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q, arXiv 2306.13649
+            log_m_NV = torch.logaddexp(log_p_NV + math.log(beta), log_q_NV + math.log1p(-beta))
+            kl_N = beta * (log_p_NV.exp() * (log_p_NV - log_m_NV)).sum(-1)
+            kl_N = kl_N + (1 - beta) * (log_q_NV.exp() * (log_q_NV - log_m_NV)).sum(-1)
+    if labels_N is not None:
+        ce_N = F.cross_entropy(logits_NV, labels_N.long().clamp_min(0), reduction="none").masked_fill(labels_N < 0, 0.0)
+    kl_sum, ce_sum = (part_N.masked_fill(~valid_N, 0.0).sum() for part_N in (kl_N, ce_N))
+    return DistillationSums(kl_weight * kl_sum + ce_weight * ce_sum, kl_sum.detach(), ce_sum.detach())
+
+
+def with_tail(teacher: TeacherTopK, vocab_size: int, dtype: torch.dtype) -> Tensor:
+    """[N, K+1]: log-probabilities of the kept ids and of "any other id", normalised (a cache may have rounded them)."""
+    log_probs_NK = teacher.log_probs_NK.to(dtype)
+    if log_probs_NK.shape[1] == vocab_size:
+        log_tail_N = torch.full_like(log_probs_NK[:, 0], LOWEST_LOG_PROBABILITY)
+    elif teacher.log_tail_N is None:
+        log_tail_N = (1 - log_probs_NK.exp().sum(-1)).clamp_min(math.exp(LOWEST_LOG_PROBABILITY)).log()
+    else:
+        log_tail_N = teacher.log_tail_N.to(dtype)
+    return torch.cat([log_probs_NK, log_tail_N[:, None]], 1).clamp_min(LOWEST_LOG_PROBABILITY).log_softmax(-1)
