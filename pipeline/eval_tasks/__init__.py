@@ -18,7 +18,7 @@ TASKS: dict[str, Task] = {
     "wikigold": ner.WIKIGOLD,
 }
 
-# Names that stand for several tasks. "glue" is what the GLUE score averages: the papers compared here leave out CoLA and WNLI.
+# Names that stand for several tasks. "glue" is what the GLUE score averages; the papers leave out CoLA and WNLI.
 GROUPS: dict[str, tuple[str, ...]] = {
     "glue": ("sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"),
     "ner": ("conll2003", "wnut17", "wikigold"),

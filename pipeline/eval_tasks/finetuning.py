@@ -43,6 +43,11 @@ class Prepared:
     num_malformed: int
 
     @property
+    def sample_ids(self) -> np.ndarray:
+        """Word pieces of some training examples, one after the other."""
+        return np.concatenate(self.train.input_ids[:512])
+
+    @property
     def counts(self) -> dict[str, int]:
         sizes = {name: len(split) for name, split in self.evals.items()}
         return {"train": len(self.train), **sizes, "malformed_rows_skipped": self.num_malformed}
@@ -50,7 +55,9 @@ class Prepared:
     def work(self, settings: EvalSettings, *, epochs: float) -> int:
         """Examples that pass through the model; a training example costs three forward passes."""
         steps = num_steps(len(self.train), epochs=epochs, batch_size=settings.batch_size)
-        return 3 * min(steps * settings.batch_size, round(epochs * len(self.train))) + sum(len(split) for split in self.evals.values())
+        return 3 * min(steps * settings.batch_size, round(epochs * len(self.train))) + sum(
+            len(split) for split in self.evals.values()
+        )
 
 
 def length_grouped_batches(lengths: np.ndarray, *, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -69,14 +76,20 @@ def length_grouped_batches(lengths: np.ndarray, *, batch_size: int, seed: int, e
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def collate(split: EncodedSplit, rows: np.ndarray, *, pad_id: int, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+def collate(
+    split: EncodedSplit, rows: np.ndarray, *, pad_id: int, device: torch.device
+) -> tuple[dict[str, Tensor], Tensor]:
     """Padded model inputs [B, T] and labels ([B], or [B, T] padded with -100) of the given rows."""
     longest = max(len(split.input_ids[row]) for row in rows)
     ids_BT = np.full((len(rows), longest), pad_id, dtype=np.int64)
     mask_BT = np.zeros((len(rows), longest), dtype=np.int64)
     types_BT = np.zeros((len(rows), longest), dtype=np.int64)
     per_token = np.ndim(split.labels[rows[0]]) == 1
-    labels = np.full((len(rows), longest), -100, dtype=np.int64) if per_token else np.asarray([split.labels[row] for row in rows])
+    labels = (
+        np.full((len(rows), longest), -100, dtype=np.int64)
+        if per_token
+        else np.asarray([split.labels[row] for row in rows])
+    )
     for i, row in enumerate(rows):
         ids = split.input_ids[row]
         ids_BT[i, : len(ids)] = ids
@@ -88,7 +101,9 @@ def collate(split: EncodedSplit, rows: np.ndarray, *, pad_id: int, device: torch
     inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
     if split.token_type_ids is not None:
         inputs["token_type_ids"] = types_BT
-    return {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}, torch.from_numpy(labels).to(device)
+    return {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}, torch.from_numpy(labels).to(
+        device
+    )
 
 
 def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
@@ -115,7 +130,8 @@ def fine_tune(
 ) -> list[float]:
     """Trains `model` in place (AdamW, linear warm-up and decay) and returns the mean loss of each epoch.
 
-    `on_step` hears three times the number of examples of each step: what they cost in forward passes. The caller seeds torch (dropout) before it builds the model.
+    `on_step` hears three times the number of examples of each step: what they cost in forward passes. The caller seeds
+    torch (dropout) before it builds the model.
     """
     device = next(model.parameters()).device
     total = num_steps(len(split), epochs=epochs, batch_size=settings.batch_size)

@@ -23,7 +23,7 @@ class Row:
 
 @dataclass(frozen=True)
 class SentenceTask:
-    """A classification or regression over one sentence or a pair, scored on the development set (GLUE hides its test labels)."""
+    """A classification or regression of sentences or pairs, scored on dev.tsv (GLUE hides its test labels)."""
 
     folder: str
     text_columns: tuple[str, ...]
@@ -77,7 +77,14 @@ class SentenceTask:
         return prepared.work(settings, epochs=settings.epochs or self.epochs)
 
     def measure(
-        self, prepared: Any, source: Any, settings: EvalSettings, unit: Unit, device: Any, on_step: Callable[[int], None]
+        self,
+        prepared: Any,
+        *,
+        source: Any,
+        settings: EvalSettings,
+        unit: Unit,
+        device: Any,
+        on_step: Callable[[int], None],
     ) -> Measurement:
         from transformers import AutoModelForSequenceClassification
 
@@ -107,7 +114,9 @@ def read_rows(path: Path, task: SentenceTask, malformed: Malformed) -> list[Row]
     rows: list[Row] = []
     header = task.header
     wanted: list[int] = []
-    label_ids = {name: i for i, name in enumerate(task.labels or ())} | {str(i): i for i in range(len(task.labels or ()))}
+    label_ids = {name: i for i, name in enumerate(task.labels or ())} | {
+        str(i): i for i in range(len(task.labels or ()))
+    }
     for number, line in read_lines(path):
         if not line:
             continue
@@ -117,7 +126,8 @@ def read_rows(path: Path, task: SentenceTask, malformed: Malformed) -> list[Row]
             missing = [name for name in (*task.text_columns, task.label_column) if name not in columns]
             if missing:
                 raise DataError(
-                    f"cannot read task data: {path}:{number} - the header has no column {missing[0]!r} (it has {', '.join(columns)[:80]}) - "
+                    f"cannot read task data: {path}:{number} - the header has no column {missing[0]!r} "
+                    f"(it has {', '.join(columns)[:80]}) - "
                     f"put GLUE's own {path.name} there"
                 )
             wanted = [columns.index(name) for name in (*task.text_columns, task.label_column)]
@@ -165,7 +175,13 @@ YES_NO = ("0", "1")
 ENTAILED = ("entailment", "not_entailment")
 
 COLA = SentenceTask(
-    "CoLA", ("sentence",), "label", (Headline("CoLA Matthews", "matthews"),), YES_NO, header=("source", "label", "star", "sentence"), epochs=10
+    "CoLA",
+    ("sentence",),
+    "label",
+    (Headline("CoLA Matthews", "matthews"),),
+    YES_NO,
+    header=("source", "label", "star", "sentence"),
+    epochs=10,
 )
 SST2 = SentenceTask("SST-2", ("sentence",), "label", (Headline("SST-2 acc", "accuracy"),), YES_NO)
 MRPC = SentenceTask("MRPC", ("#1 String", "#2 String"), "Quality", (Headline("MRPC F1", "f1"),), YES_NO, epochs=10)

@@ -35,10 +35,14 @@ class PreparedSentences:
     sentences: dict[str, list[Sentence]]
     first_pieces: dict[str, list[FirstPieces]]
 
+    @property
+    def sample_ids(self) -> np.ndarray:
+        return self.prepared.sample_ids
+
 
 @dataclass(frozen=True)
 class TokenTask:
-    """Entity tagging, one label per word on its first word piece; learning rates are chosen on dev, the score is test's.
+    """Entity tagging, one label per word on its first word piece; dev chooses the learning rate, test gives the score.
 
     Entities are counted by seqeval as the CoNLL script does, so IO, IOB1 and IOB2 tags all work.
     """
@@ -75,7 +79,11 @@ class TokenTask:
                 name: [sentence for document in read_documents(path, malformed) for sentence in document]
                 for name, path in zip(SPLITS, paths, strict=True)
             }
-        limits = {"train": settings.max_train_examples, "dev": settings.max_eval_examples, "test": settings.max_eval_examples}
+        limits = {
+            "train": settings.max_train_examples,
+            "dev": settings.max_eval_examples,
+            "test": settings.max_eval_examples,
+        }
         tags = sorted({tag for part in sentences.values() for sentence in part for tag in sentence.tags})
         parts = {name: [part[i] for i in fixed_part(len(part), limits[name])] for name, part in sentences.items()}
         max_length = settings.max_length or 128
@@ -96,7 +104,14 @@ class TokenTask:
         return prepared.prepared.work(settings, epochs=settings.epochs or self.epochs)
 
     def measure(
-        self, prepared: Any, source: Any, settings: EvalSettings, unit: Unit, device: Any, on_step: Callable[[int], None]
+        self,
+        prepared: Any,
+        *,
+        source: Any,
+        settings: EvalSettings,
+        unit: Unit,
+        device: Any,
+        on_step: Callable[[int], None],
     ) -> Measurement:
         from transformers import AutoModelForTokenClassification
 
@@ -122,7 +137,7 @@ class TokenTask:
 
 
 def read_documents(path: Path, malformed: Malformed) -> list[list[Sentence]]:
-    """Documents (ended by -DOCSTART- lines; one when there are none) of sentences. Columns between token and tag are ignored."""
+    """Documents (ended by -DOCSTART- lines, or only one) of sentences; columns between token and tag are ignored."""
     documents: list[list[Sentence]] = [[]]
     words: list[str] = []
     tags: list[str] = []
@@ -164,8 +179,10 @@ def split_by_document(documents: list[list[Sentence]]) -> dict[str, list[Sentenc
     return parts
 
 
-def encode_words(sentences: list[Sentence], tokenizer: Any, tags: list[str], max_length: int) -> tuple[Any, list[FirstPieces]]:
-    """Word pieces with the word's tag number on its first piece and -100 on all else, and where those first pieces are."""
+def encode_words(
+    sentences: list[Sentence], tokenizer: Any, tags: list[str], max_length: int
+) -> tuple[Any, list[FirstPieces]]:
+    """Word pieces with the word's tag number on its first piece, -100 on all else, and where those first pieces are."""
     from pipeline.eval_tasks.finetuning import EncodedSplit
 
     words = [list(sentence.words) for sentence in sentences]
@@ -192,12 +209,16 @@ def encode_words(sentences: list[Sentence], tokenizer: Any, tags: list[str], max
     return split, first_pieces
 
 
-def word_tags(logits: list[np.ndarray], first_pieces: list[FirstPieces], sentences: list[Sentence], tags: list[str]) -> list[list[str]]:
+def word_tags(
+    logits: list[np.ndarray], first_pieces: list[FirstPieces], sentences: list[Sentence], tags: list[str]
+) -> list[list[str]]:
     """A tag per word of every sentence. Words cut off, or without any piece, count as O: they stay in the score."""
     predicted = []
     for values, first_piece, sentence in zip(logits, first_pieces, sentences, strict=True):
         best = values.argmax(-1)
-        predicted.append([tags[best[first_piece[word]]] if word in first_piece else "O" for word in range(len(sentence.words))])
+        predicted.append(
+            [tags[best[first_piece[word]]] if word in first_piece else "O" for word in range(len(sentence.words))]
+        )
     return predicted
 
 
@@ -218,7 +239,11 @@ CONLL2003 = TokenTask(
 )
 WNUT17 = TokenTask(
     "wnut17",
-    (("train.conll", "wnut17train.conll"), ("dev.conll", "emerging.dev.conll"), ("test.conll", "emerging.test.annotated")),
+    (
+        ("train.conll", "wnut17train.conll"),
+        ("dev.conll", "emerging.dev.conll"),
+        ("test.conll", "emerging.test.annotated"),
+    ),
     "get WNUT 2017 from https://github.com/leondz/emerging_entities_17 and put it there",
     (Headline("WNUT17 F1", "f1"),),
 )

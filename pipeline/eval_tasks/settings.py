@@ -13,7 +13,7 @@ class EvalSettings:
     epochs: float | None = None
     """Passes over the training examples (3 for large GLUE tasks, 10 for small ones and NER)."""
     learning_rates: tuple[float, ...] = ()
-    """One peak learning rate, or several to try: the best mean on the development set is kept. Default: the task's own."""
+    """Peak learning rate, or several to try: the best mean on the development set is kept. Default: the task's own."""
     batch_size: int = 32
     """Examples per optimizer step."""
     max_length: int | None = None
@@ -50,7 +50,7 @@ class EvalSettings:
             raise ConfigError(f"cannot score: max_malformed ({self.max_malformed}) - is a count - give 0 or more")
 
     def finetuning(self, *, epochs: float, max_length: int = 128) -> dict[str, Any]:
-        """What a fine-tuned task really uses, its own defaults filled in; the learning rate belongs to the single run."""
+        """What a fine-tuned task really uses, its defaults filled in; the learning rate belongs to the single run."""
         return {
             "epochs": self.epochs or epochs,
             "batch_size": self.batch_size,

@@ -35,7 +35,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Metrics as fractions (0.91, not 91) or in their own unit; `selection` chooses between learning rates, higher is better."""
+    """Metrics as fractions (0.91, not 91) or in their own unit; the rate with the highest `selection` is kept."""
 
     metrics: dict[str, float]
     selection: float
@@ -68,5 +68,12 @@ class Task(Protocol):
         """Examples that `measure` will report through `on_step`, for the time left."""
 
     def measure(
-        self, prepared: Any, source: Any, settings: EvalSettings, unit: Unit, device: Any, on_step: Callable[[int], None]
+        self,
+        prepared: Any,
+        *,
+        source: Any,
+        settings: EvalSettings,
+        unit: Unit,
+        device: Any,
+        on_step: Callable[[int], None],
     ) -> Measurement: ...

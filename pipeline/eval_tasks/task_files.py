@@ -9,7 +9,7 @@ import numpy as np
 
 from data_prep.errors import DataError
 
-# Data folders are met in three layouts: tasks side by side, GLUE's own download, and an unpacked collection of several sets.
+# Data folders are met in several layouts: tasks side by side, GLUE's own download, collections of several sets.
 COLLECTIONS = ("", "glue_data", "ner_open", "llm_eval")
 
 
@@ -24,17 +24,21 @@ class Malformed:
         """Counts one bad row; raises DataError with file and line once too many were met."""
         self.count += 1
         if self.count > self.allowed:
-            refuse_line(path, line_number, why, f"mend the line, or skip up to N such rows with --max-malformed {self.count}")
+            refuse_line(
+                path, line_number, why, f"mend the line, or skip up to N such rows with --max-malformed {self.count}"
+            )
 
 
 def refuse_line(path: Path, line_number: int, why: str, mend: str) -> NoReturn:
     raise DataError(f"cannot read task data: {path}:{line_number} - {why} - {mend}")
 
 
-def find_files(data: Path, *, task: str, folders: Sequence[str], names: Sequence[Sequence[str]], source: str) -> list[Path]:
-    """One existing path per entry of `names` (each entry lists the names a file goes by), all from one folder under `data`.
+def find_files(
+    data: Path, *, task: str, folders: Sequence[str], names: Sequence[Sequence[str]], source: str
+) -> list[Path]:
+    """One existing path per entry of `names` (the names that a file goes by), all from one folder under `data`.
 
-    Raises DataError that lists what is missing and where the data set can be had (`source`): nothing is downloaded here.
+    Raises DataError that says what is missing and where the data set can be had (`source`): nothing is downloaded.
     """
     candidates = [data / collection / folder for collection in COLLECTIONS for folder in folders]
     for folder in candidates:
@@ -66,7 +70,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def fixed_part(count: int, limit: int | None) -> list[int]:
-    """Indices of at most `limit` of `count` examples, in order; a function of the two numbers only, so all models see the same."""
+    """At most `limit` of `count` indices, in order; a function of the two numbers only, so all models see the same."""
     if limit is None or limit >= count:
         return list(range(count))
     return sorted(np.random.default_rng(20121).permutation(count)[:limit].tolist())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Throughput:
-    """Tokens per millisecond of the base model's forward pass on full rows: the median of several batches and their range."""
+    """Tokens per millisecond of the base model's forward pass on full rows: median and range of several batches."""
 
     tokens_per_ms: float
     slowest: float
@@ -24,7 +24,9 @@ class Throughput:
 
 
 @torch.inference_mode()
-def measure_throughput(model: nn.Module, rows_BT: Tensor, *, precision: str, min_batches: int = 8, max_seconds: float = 2.0) -> Throughput:
+def measure_throughput(
+    model: nn.Module, rows_BT: Tensor, *, precision: str, min_batches: int = 8, max_seconds: float = 2.0
+) -> Throughput:
     """Encodes the same batch `min_batches` times, then on until `max_seconds`, after two uncounted ones.
 
     The rows should be real text without padding: what a router does with random ids says little.
