@@ -348,7 +348,11 @@ def _require_known_key(key: str, origin: str) -> None:
         return
     # A typo in the section name must not hide the field, so whole dotted keys are compared.
     nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-    hint = f" - did you mean {nearest[0]}?" if nearest else f" - sections are {', '.join(f.name for f in fields(RunConfig))}"
+    hint = (
+        f" - did you mean {nearest[0]}?"
+        if nearest
+        else f" - sections are {', '.join(f.name for f in fields(RunConfig))}"
+    )
     raise ConfigError(f"{origin}: unknown key {key}{hint}")
 
 
@@ -450,5 +454,7 @@ def print_fields() -> None:
     """Prints every field with its default and its line of doc (the `--help` of a run)."""
     import tyro
 
-    parser = tyro.extras.get_parser(RunConfig, prog="pipeline.distill", description="Distils one student from a recipe.")
+    parser = tyro.extras.get_parser(
+        RunConfig, prog="pipeline.distill", description="Distils one student from a recipe."
+    )
     parser.print_help(sys.stdout)

@@ -241,7 +241,9 @@ class MiniMoEModel(MiniMoEPreTrainedModel):
         if source is None:
             raise ValueError("give input_ids or inputs_embeds")
         shape, device = source.shape[:2], source.device
-        valid_BT = torch.ones(shape, dtype=torch.bool, device=device) if attention_mask is None else attention_mask.bool()
+        valid_BT = (
+            torch.ones(shape, dtype=torch.bool, device=device) if attention_mask is None else attention_mask.bool()
+        )
         if token_type_ids is None:
             token_type_ids = torch.zeros(shape, dtype=torch.long, device=device)
         if position_ids is None:
@@ -273,7 +275,9 @@ class MiniMoEForSequenceClassification(MiniMoEPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, return_dict=None, **kwargs):
+    def forward(
+        self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, return_dict=None, **kwargs
+    ):
         encoded = self.minimoe(input_ids, attention_mask, token_type_ids, **kwargs)
         pooled = torch.tanh(self.pooler(encoded.last_hidden_state[:, 0]))
         logits = self.classifier(self.dropout(pooled))
@@ -298,7 +302,9 @@ class MiniMoEForTokenClassification(MiniMoEPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, return_dict=None, **kwargs):
+    def forward(
+        self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, return_dict=None, **kwargs
+    ):
         encoded = self.minimoe(input_ids, attention_mask, token_type_ids, **kwargs)
         logits = self.classifier(self.dropout(encoded.last_hidden_state))
         loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())

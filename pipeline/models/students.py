@@ -118,8 +118,11 @@ class MiniMoEStudent(nn.Module):
         for module in backbone.modules():
             if isinstance(module, (RoutedAttention, RoutedFeedForward)):
                 module.router_jitter = router_jitter
+        # In the order in which the layers report them: attention before feed-forward.
         self.router_names = tuple(
-            name for name, module in backbone.named_modules() if isinstance(module, nn.Linear) and name.endswith("gate")
+            f"layers.{index}.{part}"
+            for index, layer in enumerate(backbone.layers)
+            for part in (("moe",) if layer.attention.gate is None else ("attention", "moe"))
         )
 
     def forward(self, batch: Batch) -> Signals:

@@ -25,5 +25,7 @@ class RelationTeacher(nn.Module):
 
 def load_teacher(folder: Path, config: TeacherConfig, *, dtype: torch.dtype) -> RelationTeacher:
     """The frozen teacher of a checked model folder, cut after its relation layer."""
-    encoder = AutoModel.from_pretrained(folder, dtype=dtype, trust_remote_code=config.trust_remote_code, use_safetensors=True)
+    encoder = AutoModel.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=config.trust_remote_code, use_safetensors=True
+    )
     return RelationTeacher(cut_after(encoder, config.relation_layer))

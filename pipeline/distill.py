@@ -1,0 +1,492 @@
+"""Distils one student from one teacher: the job behind `deepspeed --module pipeline.distill --config RECIPE`.
+
+Read it from top to bottom: check, build, resume, loop, export.
+"""
+
+import argparse
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_prep.errors import CapgapError, NumericsError
+from data_prep.files import make_folder, write_json
+from data_prep.progress import Progress
+from pipeline.config import RunConfig, load_run_config, print_fields
+from pipeline.preflight import Checked, check_run
+from pipeline.ranks import place_from_environment, under_srun
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.checkpoints import Position
+    from pipeline.parallel import Ranks
+    from pipeline.signals import Batch, RouterSignals, Signals
+
+DONE = "DONE"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 done, 2 config, 3 data, 4 checkpoint, 5 numerics, 75 stopped early (0 under srun)."""
+    flags, overrides = read_flags(argv)
+    place = place_from_environment()
+    try:
+        config = load_run_config(flags.config, overrides)
+        checked = check_run(config, place.world_size)
+        if (Path(config.out) / DONE).exists():
+            say(place.rank, f"{config.out} is complete already: nothing to do (its export is {config.out}/export)")
+            return 0
+        if flags.dry_run:
+            if place.rank == 0:
+                dry_run(config, checked, place.world_size)
+            return 0
+    except CapgapError as error:
+        # Every rank has met the same error. The launcher kills all of them once one is gone: the one that speaks
+        # goes first.
+        if place.rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(3)
+        return error.exit_code
+    try:
+        return distill(config, checked)
+    except CapgapError as error:
+        print(f"error: rank {place.rank}: {error}", file=sys.stderr, flush=True)
+        # The process group is not taken down: with a rank missing, that would wait for ever.
+        sys.stdout.flush()
+        os._exit(error.exit_code)
+
+
+def read_flags(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """--config, --dry-run and the launcher's --local_rank; the rest are dotted overrides."""
+    parser = argparse.ArgumentParser(prog="pipeline.distill", allow_abbrev=False, add_help=False)
+    parser.add_argument("--config")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0)
+    parser.add_argument("-h", "--help", action="store_true")
+    flags, overrides = parser.parse_known_args(argv)
+    if flags.help or not flags.config:
+        print("usage: deepspeed --num_gpus N --module pipeline.distill --config RECIPE.yaml [--dry-run]")
+        print("       [--section.field VALUE ...]\n\nEvery field of a recipe is a flag:\n")
+        print_fields()
+        raise SystemExit(0 if flags.help else 2)
+    return flags, overrides
+
+
+def say(rank: int, text: str) -> None:
+    if rank == 0:
+        print(text, flush=True)
+
+
+def dry_run(config: RunConfig, checked: Checked, world_size: int) -> None:
+    """Prints the resolved config, sizes, tokens per step and the memory estimate."""
+    from omegaconf import OmegaConf
+
+    from pipeline.models.sizes import estimate_memory
+
+    print(OmegaConf.to_yaml(OmegaConf.structured(config)).rstrip())
+    student, teacher = build_models(config, checked)
+    length = checked.shards.manifest.length
+    for name, sizes in describe(config, checked, student, teacher).items():
+        print(f"{name}: {sizes}")
+    per_step = config.batch.global_size * length
+    print(
+        f"steps: {checked.num_steps}, each {config.batch.global_size} rows x {length} = {per_step} tokens "
+        f"({per_step * checked.shards.manifest.utilisation:.0f} valid), {world_size} ranks x "
+        f"{checked.accumulation_steps} accumulation steps x {config.batch.micro_size} rows"
+    )
+    memory = estimate_memory(
+        student, teacher.encoder, config, zero_stage=checked.zero_stage, world_size=world_size, length=length
+    )
+    parts = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in asdict(memory).items())
+    print(f"memory per rank (estimate): {memory.total / 2**20:.0f} MiB = {parts}")
+
+
+def build_models(config: RunConfig, checked: Checked) -> tuple[Any, Any]:
+    """The student with its first weights and the frozen teacher, on the CPU."""
+    import torch
+    import transformers
+
+    from pipeline.models.students import build_student
+    from pipeline.models.teachers import load_teacher
+
+    # A dense encoder has no pooler and says so at length; a missing weight that matters is an error of ours.
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    student = build_student(
+        config.student, teacher_config=checked.teacher_config, init_folder=checked.init_folder, seed=config.seed
+    )
+    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    return student, load_teacher(checked.teacher_folder, config.teacher, dtype=dtype)
+
+
+def describe(config: RunConfig, checked: Checked, student: Any, teacher: Any) -> dict[str, dict[str, Any]]:
+    """Sizes of student and teacher, as run.json and the report show them."""
+    from transformers import AutoConfig, AutoModel
+
+    from pipeline.models.sizes import linear_macs, num_parameters
+
+    length = checked.shards.manifest.length
+    served = student.served_model()
+    import torch
+
+    # The teacher was cut at its relation layer; its size is that of the whole model.
+    with torch.device("meta"):
+        whole = AutoModel.from_config(
+            AutoConfig.from_pretrained(checked.teacher_folder, trust_remote_code=config.teacher.trust_remote_code)
+        )
+    return {
+        "student": {
+            "name": config.student.architecture,
+            "parameters_training": num_parameters(student),
+            "parameters_served": num_parameters(served),
+            "linear_macs_per_sequence": linear_macs(served, length),
+            "sequence_length": length,
+        },
+        "teacher": {
+            "name": config.teacher.model,
+            "parameters_served": num_parameters(whole),
+            "linear_macs_per_sequence": linear_macs(whole.encoder, length),
+            "sequence_length": length,
+        },
+    }
+
+
+@dataclass
+class Window:
+    """Sums since the last logged step. Tensors stay on the device: reading one would wait for it."""
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    losses: dict[str, "Tensor"] = field(default_factory=dict)
+    routers: dict[str, "RouterSignals"] = field(default_factory=dict)
+
+    def add(self, losses: dict[str, "Tensor"], routers: dict[str, "RouterSignals"]) -> None:
+        for name, value in losses.items():
+            self.losses[name] = self.losses.get(name, 0.0) + value.detach()
+        for name, new in routers.items():
+            old = self.routers.get(name)
+            self.routers[name] = replace(
+                new,
+                gate_sum_E=new.gate_sum_E.detach() + (old.gate_sum_E if old else 0),
+                tokens_per_expert_E=new.tokens_per_expert_E + (old.tokens_per_expert_E if old else 0),
+                z_loss_sum=new.z_loss_sum.detach() + (old.z_loss_sum if old else 0),
+                entropy_sum=new.entropy_sum + (old.entropy_sum if old else 0),
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """For the checkpoint: a resumed run logs what the unbroken run would have logged."""
+        return {
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "losses": {name: float(value) for name, value in self.losses.items()},
+            "routers": {
+                name: {part: getattr(router, part).tolist() for part in ROUTER_PARTS}
+                for name, router in self.routers.items()
+            },
+        }
+
+    @staticmethod
+    def from_json(state: dict[str, Any], device: Any) -> "Window":
+        import torch
+
+        from pipeline.signals import RouterSignals
+
+        def tensor(value: Any) -> "Tensor":
+            return torch.tensor(value, device=device)
+
+        return Window(
+            steps=state["steps"],
+            tokens=state["tokens"],
+            losses={name: tensor(value) for name, value in state["losses"].items()},
+            routers={
+                name: RouterSignals(**{part: tensor(value) for part, value in router.items()})
+                for name, router in state["routers"].items()
+            },
+        )
+
+
+ROUTER_PARTS = ("gate_sum_E", "tokens_per_expert_E", "z_loss_sum", "entropy_sum")
+
+
+def distill(config: RunConfig, checked: Checked) -> int:
+    """Trains, exports, and marks the run done. Returns the exit code."""
+    from pipeline.stopping import EXIT_PREEMPTED, StopRequest
+
+    # Before torch: a signal during its slow import must not kill the rank.
+    stop = StopRequest()
+    import torch
+
+    from pipeline import checkpoints
+    from pipeline.batches import BatchPlan, to_device
+    from pipeline.losses import active_losses
+    from pipeline.optimizer import learning_rate
+    from pipeline.parallel import gradient_norm, join, replicated_gradient_norm, start_engine
+    from pipeline.tracking import JsonLines, Tracker
+
+    out = Path(config.out)
+    ranks = join(place_from_environment(), config.engine.timeout_minutes)
+    student, teacher = build_models(config, checked)
+    teacher.to(ranks.device)
+    sizes = describe(config, checked, student, teacher)
+    record = {"config": asdict(config), "data_fingerprint": checked.shards.manifest.fingerprint, **sizes}
+    torch.manual_seed(config.seed * 1_000_003 + ranks.rank)
+    engine = start_engine(student, config, ranks)
+    student.train()
+    if config.engine.activation_checkpointing:
+        student.backbone.gradient_checkpointing_enable()
+    topology = checkpoints.Topology(ranks.world_size, checked.zero_stage, config.engine.precision, _deepspeed_version())
+    weights = active_losses(config.loss, has_routers=bool(getattr(student, "router_names", ())))
+    plan = BatchPlan(checked.shards, config.batch, config.data.order_seed, ranks.rank, ranks.world_size)
+
+    # Resume: the newest checkpoint that is whole decides the position, and the position decides the data.
+    found = ranks.gather(_newest_valid(out / "checkpoints") if ranks.rank == 0 else None)[0]
+    if isinstance(found, CapgapError):
+        raise found
+    position, window = checkpoints.Position(), Window()
+    if found is not None:
+        position, rank_state = checkpoints.load(Path(found[0]), found[1], engine, ranks, topology)
+        window = Window.from_json(rank_state["window"], ranks.device)
+        say(ranks.rank, f"resumed from {found[0]}: step {position.step} of {checked.num_steps}")
+    else:
+        say(
+            ranks.rank, f"starting {config.out}: {checked.num_steps} steps on {ranks.world_size} ranks ({ranks.device})"
+        )
+    tracker = ledger = None
+    if ranks.rank == 0:
+        make_folder(out)
+        write_json(out / "run.json", record)
+        tracker = Tracker(out, resume_step=position.step)
+        ledger = JsonLines(out / "ledger.jsonl", resume_step=position.step)
+    ranks.barrier()
+
+    def save() -> None:
+        checkpoints.save(
+            out / "checkpoints",
+            engine,
+            ranks,
+            position=position,
+            topology=topology,
+            rank_state={"window": window.to_json()},
+            fingerprints={"data": checked.shards.manifest.fingerprint},
+        )
+        if ranks.rank == 0:
+            checkpoints.keep_last(out / "checkpoints", config.checkpoint.keep_last)
+
+    progress = Progress("distil", checked.num_steps, unit="steps", start=position.step) if ranks.rank == 0 else None
+    saved_step, started = position.step, time.monotonic()
+    for data in plan.steps(position.step, checked.num_steps):
+        # One small all-reduce of integers: the global token count, whether anyone wants to stop, and proof of the data.
+        num_tokens, num_stops, digest = _sum_over_ranks(
+            [data.num_valid_tokens, int(bool(stop.reason)), data.digest], ranks
+        )
+        if num_stops:
+            say(ranks.rank, f"stopping at step {position.step}: {stop.reason or 'another rank was told to stop'}")
+            if saved_step != position.step:
+                save()
+            return _leave(ranks, 0 if under_srun() else EXIT_PREEMPTED, stop)
+
+        rate = learning_rate(position.step, checked.num_steps, config.optimizer)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = rate
+        micro_batches = [to_device(batch, ranks.device) for batch in data.micro_batches]
+        # DeepSpeed averages over ranks and divides by the accumulation steps: undo both, divide by tokens once.
+        scale = len(micro_batches) * ranks.world_size / num_tokens
+        counted = None
+        if len(micro_batches) > 1 and "balance" in weights:
+            counted = count_loads(student, micro_batches, ranks)
+        is_logged = (position.step + 1) % config.log.every_steps == 0 or position.step + 1 == checked.num_steps
+        for batch in micro_batches:
+            seen_by_teacher = teacher(batch)
+            seen_by_student = engine(batch)
+            seen_by_student = with_load_shares(seen_by_student, counted, num_tokens, ranks)
+            losses = compute_losses(weights, seen_by_student, seen_by_teacher, config)
+            engine.backward(sum(weights[name] * loss for name, loss in losses.items()) * scale)
+            norm = replicated_gradient_norm(engine) if is_logged else None
+            engine.step()
+            window.add(losses, seen_by_student.routers)
+        position = checkpoints.Position(position.step + 1, position.tokens + num_tokens)
+        window.steps += 1
+        window.tokens += num_tokens
+
+        if ledger is not None:
+            ledger.write({"step": position.step, "first_sample": (position.step - 1) * config.batch.global_size,
+                          "samples": config.batch.global_size, "digest": digest})  # fmt: skip
+        if is_logged:
+            window.seconds = time.monotonic() - started
+            values = measurements(window, weights, ranks)
+            values |= {"learning_rate": rate, "grad_norm": norm or gradient_norm(engine), "tokens": position.tokens}
+            values |= memory_in_use(ranks)
+            if tracker is not None and progress is not None:
+                tracker.log(position.step, values)
+                progress.advance(window.steps, note=f"loss {values['train/loss']:.4f}")
+            if not values["train/loss"] < float("inf"):
+                raise NumericsError(
+                    f"training: loss ({values['train/loss']}) at step {position.step} is not finite - the checkpoint "
+                    f"of step {saved_step} is the last good one - lower optimizer.learning_rate or use fp32"
+                )
+            window, started = Window(), time.monotonic()
+        if position.step % config.checkpoint.every_steps == 0 or position.step == checked.num_steps:
+            save()
+            saved_step = position.step
+
+    if progress is not None:
+        progress.__exit__(None, None, None)
+    export(config, checked, engine, student, position, ranks, sizes)
+    if ranks.rank == 0:
+        assert tracker is not None and ledger is not None
+        tracker.close()
+        ledger.close()
+        write_json(out / DONE, {"step": position.step, "tokens": position.tokens})
+        print(f"done: {out}/export (logs: {out}/metrics.jsonl, {out}/tensorboard)", flush=True)
+    return _leave(ranks, 0, stop)
+
+
+def compute_losses(
+    weights: dict[str, float], student: "Signals", teacher: "Signals", config: RunConfig
+) -> dict[str, "Tensor"]:
+    """The active losses of one micro-batch, each a sum over its valid tokens."""
+    from pipeline.losses import LOSSES
+
+    return {name: LOSSES[name](student, teacher, config.loss) for name in weights}
+
+
+def with_load_shares(
+    signals: "Signals", counted: dict[str, "Tensor"] | None, num_tokens: int, ranks: "Ranks"
+) -> "Signals":
+    """Fills in each router's load over the global batch, which the balance loss reads."""
+    if not signals.routers:
+        return signals
+    loads = counted or _sum_loads({name: router.tokens_per_expert_E for name, router in signals.routers.items()}, ranks)
+    return replace(
+        signals,
+        routers={
+            name: replace(router, load_share_E=loads[name].to(router.gate_sum_E.dtype) / num_tokens)
+            for name, router in signals.routers.items()
+        },
+    )
+
+
+def count_loads(student: Any, micro_batches: list["Batch"], ranks: "Ranks") -> dict[str, "Tensor"]:
+    """Tokens per expert over the whole step, by a student forward without gradients.
+
+    The load of later micro-batches is not known when the first is trained on; with it the accumulated gradient is that
+    of one big batch. The price is one student forward per micro-batch, only where there are several of them.
+    """
+    import torch
+
+    loads: dict[str, Tensor] = {}
+    # The same jitter and dropout must be drawn again by the forward that trains.
+    devices = [ranks.device] if ranks.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        for batch in micro_batches:
+            for name, router in student(batch).routers.items():
+                loads[name] = loads.get(name, 0) + router.tokens_per_expert_E
+    return _sum_loads(loads, ranks)
+
+
+def _sum_loads(loads: dict[str, "Tensor"], ranks: "Ranks") -> dict[str, "Tensor"]:
+    """Sums every router's counts over the ranks with one all-reduce, on the device and without waiting for it."""
+    if ranks.world_size == 1:
+        return loads
+    import torch
+    import torch.distributed as dist
+
+    flat = torch.cat(list(loads.values()))
+    dist.all_reduce(flat)
+    parts = flat.split([len(load) for load in loads.values()])
+    return dict(zip(loads, parts, strict=True))
+
+
+def _sum_over_ranks(values: list[int], ranks: "Ranks") -> list[int]:
+    if ranks.world_size == 1:
+        return values
+    import torch
+    import torch.distributed as dist
+
+    total = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(total, group=ranks.control)
+    return total.tolist()
+
+
+def measurements(window: Window, weights: dict[str, float], ranks: "Ranks") -> dict[str, Any]:
+    """The window's means over all ranks, as they are logged. The only place that waits for the device."""
+    parts = {"losses": {name: float(value) for name, value in window.losses.items()}, "routers": {}}
+    for name, router in window.routers.items():
+        parts["routers"][name] = (router.tokens_per_expert_E.tolist(), float(router.entropy_sum))
+    everywhere = ranks.gather(parts)
+    values: dict[str, Any] = {}
+    for name in window.losses:
+        values[f"train/{name}"] = sum(part["losses"][name] for part in everywhere) / window.tokens
+    values = {"train/loss": sum(weights[name] * values[f"train/{name}"] for name in window.losses), **values}
+    values["tokens_per_second"] = window.tokens / max(window.seconds, 1e-9)
+    for name in window.routers:
+        counts = [sum(column) for column in zip(*(part["routers"][name][0] for part in everywhere), strict=True)]
+        values[f"router/{name}/load"] = [count / max(1, sum(counts)) for count in counts]
+        values[f"router/{name}/entropy"] = sum(part["routers"][name][1] for part in everywhere) / max(1, sum(counts))
+    return values
+
+
+def memory_in_use(ranks: "Ranks") -> dict[str, float]:
+    """Bytes that this rank holds or has held at most."""
+    import psutil
+    import torch
+
+    if ranks.device.type == "cuda":
+        return {"memory/gpu_peak_bytes": torch.cuda.max_memory_allocated(ranks.device)}
+    return {"memory/rss_bytes": psutil.Process().memory_info().rss}
+
+
+def export(
+    config: RunConfig, checked: Checked, engine: Any, student: Any, position: "Position", ranks: "Ranks", sizes: dict
+) -> None:
+    """Writes RUN/export from the master weights; every rank takes part in gathering them."""
+    from pipeline.models.export import export_student
+    from pipeline.parallel import full_precision_state
+
+    state = full_precision_state(engine, student.backbone)
+    if ranks.rank == 0:
+        facts = {
+            "name": Path(config.out).name,
+            "teacher": config.teacher.model,
+            "parameters": sizes["student"]["parameters_served"],
+            "macs": sizes["student"]["linear_macs_per_sequence"] / 1e9,
+            "length": sizes["student"]["sequence_length"],
+            "tokens": position.tokens,
+        }
+        model = student.served_model().float().cpu()
+        export_student(Path(config.out) / "export", model, state, checked.shards.folder / "tokenizer", facts)
+    ranks.barrier()
+
+
+def _newest_valid(root: Path) -> Any:
+    from pipeline.checkpoints import newest_valid
+
+    try:
+        found = newest_valid(root)
+        return found and (str(found[0]), found[1])
+    except CapgapError as error:
+        return error
+
+
+def _deepspeed_version() -> str:
+    import deepspeed
+
+    return deepspeed.__version__
+
+
+def _leave(ranks: "Ranks", code: int, stop: Any) -> int:
+    """Ends the process group on all ranks together."""
+    import torch.distributed as dist
+
+    ranks.barrier()
+    stop.ignore_signals()
+    dist.destroy_process_group()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

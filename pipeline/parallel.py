@@ -1,0 +1,156 @@
+"""Ranks, process groups and the DeepSpeed engine."""
+
+import os
+import socket
+import subprocess
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipeline.config import RunConfig, load_ds_config
+from pipeline.optimizer import parameter_groups
+from pipeline.ranks import Place
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    control: dist.ProcessGroup
+    """A gloo group for flags and counts, which therefore never wait for the GPU."""
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.control)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, on every rank."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+
+def join(place: Place, timeout_minutes: float) -> Ranks:
+    """Joins the process group as the rank that the launcher named."""
+    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    if not on_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    _export(place)
+    import deepspeed
+
+    if on_gpu:
+        torch.cuda.set_device(place.local_rank)
+    else:
+        _skip_cpu_op_builds()
+    deepspeed.init_distributed(
+        dist_backend="nccl" if on_gpu else "gloo", timeout=timedelta(minutes=timeout_minutes), verbose=False
+    )
+    device = torch.device("cuda", place.local_rank) if on_gpu else torch.device("cpu")
+    control = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+    return Ranks(place.rank, place.local_rank, place.world_size, device, control)
+
+
+def _export(place: Place) -> None:
+    """DeepSpeed reads its place from the environment; srun and a plain `python -m` do not put it there."""
+    os.environ["RANK"] = str(place.rank)
+    os.environ["LOCAL_RANK"] = str(place.local_rank)
+    os.environ["WORLD_SIZE"] = str(place.world_size)
+    if "MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ:
+        return
+    if place.launcher == "slurm":
+        nodes = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
+        first = subprocess.run(nodes, capture_output=True, text=True, check=True).stdout.split()[0]
+        os.environ.setdefault("MASTER_ADDR", first)
+        # Below the ephemeral ports, and the same on every rank without asking anybody.
+        os.environ.setdefault("MASTER_PORT", str(10000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
+    else:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ.setdefault("MASTER_PORT", str(probe.getsockname()[1]))
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+
+
+def _skip_cpu_op_builds() -> None:
+    """Tells DeepSpeed that no compiled op fits this machine.
+
+    On a CPU it would otherwise build a shared-memory all-reduce at start (40 s, and for ever if a build was once killed).
+    """
+    import deepspeed.ops
+    from deepspeed.ops.op_builder.all_ops import ALL_OPS
+
+    deepspeed.ops.__dict__["__compatible_ops__"] = dict.fromkeys(ALL_OPS, False)
+
+
+def engine_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed config of a run: the chosen JSON, and what RunConfig says."""
+    settings = load_ds_config(config.engine.ds_config)
+    settings |= {
+        "train_micro_batch_size_per_gpu": config.batch.micro_size,
+        "gradient_accumulation_steps": config.batch.accumulation_steps(world_size),
+        "gradient_clipping": config.optimizer.max_grad_norm,
+        "steps_per_print": 2**31,
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": config.optimizer.learning_rate,
+                "betas": list(config.optimizer.betas),
+                "eps": config.optimizer.epsilon,
+                "weight_decay": config.optimizer.weight_decay,
+                "torch_adam": True,
+                "fused": True,
+            },
+        },
+    }
+    if config.engine.precision == "bf16":
+        # Summing micro-batch gradients in bf16 loses their low bits.
+        settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    return settings
+
+
+def start_engine(student: nn.Module, config: RunConfig, ranks: Ranks) -> Any:
+    """A DeepSpeed engine around the student, with its optimizer."""
+    import deepspeed
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engine, *_ = deepspeed.initialize(
+            model=student.to(ranks.device),
+            model_parameters=parameter_groups(student, config.optimizer.weight_decay),
+            config=engine_settings(config, ranks.world_size),
+        )
+    return engine
+
+
+def replicated_gradient_norm(engine: Any) -> float | None:
+    """The global gradient norm where DeepSpeed keeps none: fp32 without ZeRO. Call it between backward and step."""
+    if engine.zero_optimization_stage() != 0 or not engine.is_gradient_accumulation_boundary():
+        return None
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return float(nn.utils.get_total_norm(gradients)) if gradients else None
+
+
+def gradient_norm(engine: Any) -> float | None:
+    """Global gradient norm before clipping of the step that has just been taken, where DeepSpeed keeps one."""
+    norm = engine.get_global_grad_norm()
+    return None if norm is None else float(norm)
+
+
+def full_precision_state(engine: Any, module: nn.Module) -> dict[str, Tensor]:
+    """The module's weights in float32 on the CPU, taken from the optimizer's master copy; every rank must call this."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    parameters = dict(module.named_parameters())
+    state = {}
+    for name, value in module.state_dict().items():
+        master = safe_get_full_fp32_param(parameters[name]) if name in parameters else None
+        full = value if master is None else master
+        state[name] = full.detach().float().cpu() if full.is_floating_point() else full.detach().cpu()
+    return state

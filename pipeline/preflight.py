@@ -1,0 +1,123 @@
+"""Finds what is wrong with a run before anything heavy is imported."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import ConfigError, DataError
+from data_prep.files import read_json
+from data_prep.shards import ShardSet, folder_vocabulary, open_shards, tokenizer_hash
+from pipeline.config import RunConfig, changed_keys, load_ds_config
+from pipeline.models.folders import find_model_folder, read_model_config
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the checks found on the way."""
+
+    shards: ShardSet
+    teacher_folder: Path
+    teacher_config: dict[str, Any]
+    init_folder: Path | None
+    zero_stage: int
+    accumulation_steps: int
+    num_steps: int
+
+
+def check_run(config: RunConfig, world_size: int) -> Checked:
+    """Everything that can be known without torch, in the order in which a user would want to hear it."""
+    settings = load_ds_config(config.engine.ds_config)
+    accumulation = config.batch.accumulation_steps(world_size)
+    shards = open_shards(config.data.shards)
+    if shards.manifest.rows != "bert-pairs":
+        raise DataError(
+            f"data.shards: {config.data.shards} holds rows of kind {shards.manifest.rows} - relation distillation "
+            "reads bert-pairs - prepare them with --rows bert-pairs"
+        )
+    num_steps = config.num_steps(len(shards))
+    check_trust(config)
+    teacher_folder = find_model_folder(config.teacher.model, revision=config.teacher.revision)
+    teacher_config = read_model_config(teacher_folder)
+    check_vocabulary(shards, teacher_folder)
+    check_relation_heads(config, teacher_config)
+    if shards.manifest.length > teacher_config.get("max_position_embeddings", shards.manifest.length):
+        raise DataError(
+            f"data.shards: rows of {shards.manifest.length} tokens, but the teacher has "
+            f"{teacher_config['max_position_embeddings']} positions - prepare shorter rows with --length"
+        )
+    source = config.student.init_from
+    init_folder = teacher_folder if source == "teacher" else find_model_folder(source) if source else None
+    check_init_layers(config, init_folder)
+    check_same_run(config, shards)
+    stage = int(settings.get("zero_optimization", {}).get("stage", 0))
+    return Checked(shards, teacher_folder, teacher_config, init_folder, stage, accumulation, num_steps)
+
+
+def check_trust(config: RunConfig) -> None:
+    is_local = config.teacher.model.startswith("package:") or Path(config.teacher.model).exists()
+    if config.teacher.trust_remote_code and not is_local and config.teacher.revision is None:
+        raise ConfigError(
+            "teacher.trust_remote_code runs code from the hub - without a revision that code can change any day - "
+            "pin teacher.revision to a commit"
+        )
+
+
+def check_vocabulary(shards: ShardSet, teacher_folder: Path) -> None:
+    """Shards and teacher must map the same tokens to the same ids."""
+    expected = shards.manifest.tokenizer["hash"]
+    if tokenizer_hash(teacher_folder) == expected:
+        return
+    ours = folder_vocabulary(shards.folder / "tokenizer")
+    theirs = folder_vocabulary(teacher_folder)
+    differing = [token for token in ours if theirs.get(token) != ours[token]]
+    shown = ", ".join(f"{token!r} {ours[token]} -> {theirs.get(token)}" for token in differing[:5])
+    raise DataError(
+        f"tokenizer of {shards.folder} differs from the teacher's ({teacher_folder}): {len(differing)} of {len(ours)} "
+        f"tokens ({shown}) - ids would mean other words - prepare the text again with --tokenizer {teacher_folder}"
+    )
+
+
+def check_relation_heads(config: RunConfig, teacher_config: dict[str, Any]) -> None:
+    for side, width in (("teacher", teacher_config.get("hidden_size")), ("student", config.student.hidden_size)):
+        if width is not None and config.loss.relation_kl and width % config.loss.num_relation_heads:
+            raise ConfigError(
+                f"loss.num_relation_heads ({config.loss.num_relation_heads}) does not divide the {side}'s width "
+                f"({width}) - choose a common divisor of both widths"
+            )
+
+
+def check_init_layers(config: RunConfig, init_folder: Path | None) -> None:
+    if init_folder is None:
+        if config.student.init_layers is not None:
+            raise ConfigError("student.init_layers is given without student.init_from - set init_from, or drop it")
+        return
+    source = read_model_config(init_folder)
+    layers, available = config.student.init_layers, source.get("num_hidden_layers", 0)
+    if layers is not None and (
+        len(layers) != config.student.num_hidden_layers or not all(0 <= layer < available for layer in layers)
+    ):
+        raise ConfigError(
+            f"student.init_layers ({list(layers)}) must name {config.student.num_hidden_layers} layers from 0 to "
+            f"{available - 1} - {init_folder} has {available}"
+        )
+    if layers is None and available < config.student.num_hidden_layers:
+        raise ConfigError(
+            f"student.num_hidden_layers ({config.student.num_hidden_layers}) is more than student.init_from has "
+            f"({available}) - name init_layers (one may come twice), or leave init_from out"
+        )
+
+
+def check_same_run(config: RunConfig, shards: ShardSet) -> None:
+    """An output folder belongs to one config and one data set: going on with others would mix two runs."""
+    record = Path(config.out) / "run.json"
+    if not record.exists():
+        return
+    before = read_json(record, "the run's own record is damaged: restore it, or choose another out")
+    differing = changed_keys(before.get("config", {}), asdict(config))
+    if before.get("data_fingerprint") != shards.manifest.fingerprint:
+        differing.append(f"the content of {config.data.shards}")
+    if differing:
+        raise ConfigError(
+            f"out: {config.out} belongs to a run with another config: {'; '.join(differing)} - "
+            "set them back, or choose another --out"
+        )

@@ -1,0 +1,90 @@
+"""Starts real runs with the real launchers and reads what they left."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a run: the virtual environment first, one thread per rank, CPU ranks."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "MASTER_"))}
+    for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        env.pop(key, None)
+    path = f"{BIN}{os.pathsep}{env.get('PATH', '')}"
+    return env | {"PATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", **more}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def distill_command(*arguments: str, ranks: int | None) -> list[str]:
+    """`deepspeed --num_gpus N --module pipeline.distill ...`, or `python -m` for ranks=None."""
+    if ranks is None:
+        return [sys.executable, "-m", "pipeline.distill", *arguments]
+    launcher = [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port()), "--module"]
+    return [*launcher, "pipeline.distill", *arguments]
+
+
+@contextmanager
+def started(command: list[str], **env: str) -> Iterator[subprocess.Popen]:
+    """A run in a session of its own, of which nothing is left when the block ends."""
+    process = subprocess.Popen(
+        command,
+        cwd=PROJECT,
+        env=environment(**env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.wait()
+
+
+def distill(*arguments: str, ranks: int | None = None, timeout: float = 120, **env: str) -> tuple[int, str]:
+    """Runs a distillation to its end; returns exit code and output."""
+    with started(distill_command(*arguments, ranks=ranks), **env) as process:
+        output, _ = process.communicate(timeout=timeout)
+        return process.returncode, output
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+def json_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def numbers_of(run: Path) -> list[dict]:
+    """metrics.jsonl without what measures time and memory."""
+    timing = ("tokens_per_second", "memory/")
+    return [{k: v for k, v in line.items() if not k.startswith(timing)} for line in json_lines(run / "metrics.jsonl")]
+
+
+def exported_weights(run: Path):
+    from safetensors.torch import load_file
+
+    return load_file(run / "export" / "model.safetensors")
