@@ -1,0 +1,402 @@
+"""Text to token ids: any tokenizer as a folder, and engines that give the same ids faster.
+
+An engine encodes many texts at once, without special tokens, into one flat array and offsets. `huggingface` is the
+reference. `memo` remembers the ids of the pieces between spaces, which repeat; it is used only where that is exact by
+construction of the tokenizer. `nanotoken` (WordPiece) and `gigatoken` (BPE) are optional packages. Every engine but the
+reference is compared with it, id by id, on the first texts it is to encode.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from data_prep.errors import ConfigError, DataError
+from data_prep.shards import id_dtype, tokenizer_hash
+
+EngineName = Literal["memo", "huggingface", "nanotoken", "gigatoken"]
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+SAMPLE_CHARACTERS = 200_000  # of text on which an engine must equal the reference
+MEMO_ENTRIES = 400_000  # about 100 MB
+MEMO_CHARACTERS = 40  # longer pieces hardly repeat
+
+
+class Tokens(NamedTuple):
+    """The ids of many texts end to end: text i is ids[offsets[i]:offsets[i + 1]]."""
+
+    ids: np.ndarray
+    offsets: np.ndarray
+
+    @property
+    def counts(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+
+class Engine(Protocol):
+    """Encodes texts without special tokens; special tokens written in a text are plain text."""
+
+    name: str
+
+    def encode(self, texts: Sequence[str]) -> Tokens: ...
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Ids of the special tokens; None where the tokenizer has none."""
+
+    pad: int | None
+    cls: int | None
+    sep: int | None
+    bos: int | None
+    eos: int | None
+
+
+def save_tokenizer(name: str, folder: Path) -> None:
+    """Fills `folder` with tokenizer.json and what else belongs to `name`: a folder, .model or .json file, or hub name.
+
+    A folder that holds tokenizer.json is copied as it is; everything else goes through transformers.
+    """
+    source = Path(name)
+    if source.is_dir() and (source / "tokenizer.json").is_file():
+        for file in TOKENIZER_FILES:
+            if (source / file).is_file():
+                shutil.copyfile(source / file, folder / file)
+        return
+    if source.is_file() and source.suffix == ".json":
+        shutil.copyfile(source, folder / "tokenizer.json")
+        return
+    if source.is_file() and source.suffix == ".model":
+        _save_sentencepiece(source, folder)
+        return
+    if source.is_dir():
+        if (source / "vocab.txt").is_file():
+            _save_wordpiece(source, folder)
+            return
+        if (source / "tokenizer.model").is_file():
+            _save_sentencepiece(source / "tokenizer.model", folder)
+            return
+        raise DataError(
+            f"loading tokenizer {name}: no tokenizer.json, vocab.txt or tokenizer.model in the folder - "
+            "give a folder made by save_pretrained"
+        )
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise DataError(f"loading tokenizer {name}: no such folder - give a tokenizer folder or a hub name")
+    _save_from_hub(name, folder)
+
+
+def _save_from_hub(name: str, folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer.save_pretrained(str(folder))
+    except Exception as error:  # transformers raises many kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"loading tokenizer {name}: no folder of that name, and the hub gave: {reason} - "
+            f"give a folder, or download it with: hf download {name}"
+        ) from None
+    if not (folder / "tokenizer.json").is_file():
+        raise DataError(f"loading tokenizer {name}: it has no fast version - give a tokenizer with tokenizer.json")
+
+
+def _save_wordpiece(source: Path, folder: Path) -> None:
+    """A BERT folder of vocab.txt only; tokenizer_config.json may say do_lower_case."""
+    from tokenizers import Tokenizer
+    from tokenizers.decoders import WordPiece as WordPieceDecoder
+    from tokenizers.models import WordPiece
+    from tokenizers.normalizers import BertNormalizer
+    from tokenizers.pre_tokenizers import BertPreTokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    from data_prep.shards import folder_vocabulary
+
+    config_file = source / "tokenizer_config.json"
+    config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    vocabulary = folder_vocabulary(source)
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    if missing := [token for token in special if token not in vocabulary]:
+        raise DataError(f"loading tokenizer {source / 'vocab.txt'}: no {missing[0]} - not a BERT vocabulary")
+    tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = BertNormalizer(
+        lowercase=config.get("do_lower_case", True),
+        handle_chinese_chars=config.get("tokenize_chinese_chars", True),
+        strip_accents=config.get("strip_accents"),
+    )
+    tokenizer.pre_tokenizer = BertPreTokenizer()
+    tokenizer.decoder = WordPieceDecoder()
+    tokenizer.add_special_tokens(special)
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "mask_token": "[MASK]",
+    }
+    saved = {"do_lower_case": True, "tokenizer_class": "BertTokenizer", "model_max_length": 512, **config, **names}
+    (folder / "tokenizer_config.json").write_text(json.dumps(saved, indent=2), encoding="utf-8")
+    shutil.copyfile(source / "vocab.txt", folder / "vocab.txt")
+
+
+def _save_sentencepiece(model_file: Path, folder: Path) -> None:
+    raise DataError(
+        f"loading tokenizer {model_file}: sentencepiece models are not supported yet - give a tokenizer.json"
+    )
+
+
+def load_reference(folder: Path) -> Any:
+    """The tokenizers.Tokenizer of a folder, without truncation, padding or special tokens in text."""
+    from tokenizers import Tokenizer
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # our processes are the parallelism
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise DataError(f"loading tokenizer {folder / 'tokenizer.json'}: {error} - damaged - copy it again") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # "[SEP]" written in an article is text
+    return tokenizer
+
+
+def special_ids(folder: Path, tokenizer: Any) -> SpecialIds:
+    """The special ids that tokenizer_config.json and special_tokens_map.json name, else those of the usual names."""
+    named: dict[str, Any] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / file).is_file():
+            values = json.loads((folder / file).read_text(encoding="utf-8"))
+            named |= {key: value for key, value in values.items() if key.endswith("_token") and value}
+
+    def find(role: str, *usual: str) -> int | None:
+        value = named.get(f"{role}_token")
+        token = value.get("content") if isinstance(value, dict) else value
+        for candidate in (token, *usual):
+            if candidate and (index := tokenizer.token_to_id(candidate)) is not None:
+                return index
+        return None
+
+    return SpecialIds(
+        pad=find("pad", "[PAD]", "<pad>"),
+        cls=find("cls", "[CLS]"),
+        sep=find("sep", "[SEP]"),
+        bos=find("bos", "<s>"),
+        eos=find("eos", "</s>", "<|endoftext|>") or find("sep", "[SEP]"),  # BERT closes documents with [SEP]
+    )
+
+
+def describe_tokenizer(name: str, folder: Path) -> dict[str, Any]:
+    """The manifest's entry: name, hash of the vocabulary, number of ids, special ids."""
+    tokenizer = load_reference(folder)
+    ids = special_ids(folder, tokenizer)
+    vocabulary = tokenizer.get_vocab()
+    return {
+        "name": name,
+        "hash": tokenizer_hash(tokenizer),
+        "vocab_size": max(vocabulary.values()) + 1,
+        "pad_id": ids.pad,
+        "cls_id": ids.cls,
+        "sep_id": ids.sep,
+        "bos_id": ids.bos,
+        "eos_id": ids.eos,
+    }
+
+
+class ReferenceEngine:
+    """transformers' own tokenizer, by encode_batch_fast."""
+
+    name = "huggingface"
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._dtype = id_dtype(tokenizer.get_vocab_size())
+
+    def encode(self, texts: Sequence[str]) -> Tokens:
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return _tokens([encoding.ids for encoding in encodings], self._dtype)
+
+
+def _tokens(lists: Sequence[Sequence[int]], dtype: np.dtype) -> Tokens:
+    counts = np.fromiter(map(len, lists), np.int64, len(lists))
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    return Tokens(np.fromiter(chain.from_iterable(lists), dtype, int(offsets[-1])), offsets)
+
+
+class MemoEngine:
+    """The reference with an exact memory of what stands between two spaces.
+
+    Right for tokenizers that never join text across a space: see `memo_is_exact`.
+    """
+
+    name = "memo"
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._dtype = id_dtype(tokenizer.get_vocab_size())
+        self._memo: dict[str, tuple[int, ...]] = {"": ()}
+
+    def encode(self, texts: Sequence[str]) -> Tokens:
+        split = [text.split(" ") for text in texts]
+        memo = self._memo
+        missing = list(set(chain.from_iterable(split)).difference(memo))
+        if missing:
+            # sorted: a set's order is not the same in every process, the memo's content should be
+            encodings = self._tokenizer.encode_batch_fast(missing, add_special_tokens=False)
+            if len(memo) + len(missing) > MEMO_ENTRIES:
+                memo = self._memo = {"": ()}
+                missing = list(set(chain.from_iterable(split)).difference(memo))
+                encodings = self._tokenizer.encode_batch_fast(missing, add_special_tokens=False)
+            memo.update(zip(missing, [tuple(encoding.ids) for encoding in encodings], strict=True))
+        look_up = memo.__getitem__
+        return _tokens([list(chain.from_iterable(map(look_up, words))) for words in split], self._dtype)
+
+
+def memo_is_exact(tokenizer: Any) -> bool:
+    """Whether encoding the pieces between spaces one by one gives the ids of the whole, by the tokenizer's make.
+
+    BERT: the normaliser works character by character and the pre-tokenizer splits at every space.
+    """
+    made = json.loads(tokenizer.to_str())
+    return (
+        (made["normalizer"] or {}).get("type") == "BertNormalizer"
+        and (made["pre_tokenizer"] or {}).get("type") == "BertPreTokenizer"
+        and made["model"]["type"] == "WordPiece"
+        and all(token["special"] for token in made["added_tokens"])
+    )
+
+
+class NanotokenEngine:
+    """WordPiece in Rust with its own word cache (optional package nanotoken)."""
+
+    name = "nanotoken"
+
+    def __init__(self, folder: Path, tokenizer: Any):
+        nanotoken = _optional("nanotoken")
+        self._fast = nanotoken.Tokenizer(str(folder / "tokenizer.json"))
+        self._reference = ReferenceEngine(tokenizer)
+        self._dtype = id_dtype(tokenizer.get_vocab_size())
+        self._special = _special_pattern(tokenizer)
+
+    def encode(self, texts: Sequence[str]) -> Tokens:
+        encoded = self._fast.encode_batch(texts, add_special_tokens=False, parallel=False)
+        tokens = Tokens(encoded.ids.astype(self._dtype), encoded.offsets)
+        return _mend_special(tokens, texts, self._special, self._reference)
+
+
+class GigatokenEngine:
+    """BPE in Rust with its own cache (optional package gigatoken)."""
+
+    name = "gigatoken"
+
+    def __init__(self, folder: Path, tokenizer: Any):
+        gigatoken = _optional("gigatoken")
+        self._fast = gigatoken.Tokenizer(str(folder / "tokenizer.json"))
+        self._reference = ReferenceEngine(tokenizer)
+        self._dtype = id_dtype(tokenizer.get_vocab_size())
+        self._special = _special_pattern(tokenizer)
+
+    def encode(self, texts: Sequence[str]) -> Tokens:
+        tokens = _tokens([list(ids) for ids in self._fast.encode_batch(list(texts))], self._dtype)
+        return _mend_special(tokens, texts, self._special, self._reference)
+
+
+def _optional(package: str) -> Any:
+    try:
+        return __import__(package)
+    except ImportError:
+        raise ConfigError(
+            f"tokenizer engine {package}: the package is not installed - "
+            "install it with pip install 'capgap[fast]', or use --tokenizer-engine memo"
+        ) from None
+
+
+def _special_pattern(tokenizer: Any) -> re.Pattern[str] | None:
+    added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    return re.compile("|".join(map(re.escape, added))) if added else None
+
+
+def _mend_special(tokens: Tokens, texts: Sequence[str], special: re.Pattern[str] | None, reference: Engine) -> Tokens:
+    """Encodes again, by the reference, the rare texts in which the name of a special token is written."""
+    if special is None:
+        return tokens
+    marked = [index for index, text in enumerate(texts) if special.search(text)]
+    if not marked:
+        return tokens
+    lists: list[np.ndarray] = np.split(tokens.ids, tokens.offsets[1:-1])
+    mended = reference.encode([texts[index] for index in marked])
+    for position, index in enumerate(marked):
+        lists[index] = mended.ids[mended.offsets[position] : mended.offsets[position + 1]]
+    offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in lists])])
+    return Tokens(np.concatenate(lists), offsets)
+
+
+def make_engine(wanted: EngineName, folder: Path, sample: Sequence[str]) -> tuple[Engine, str]:
+    """The engine to use, and why another than `wanted` when it is: "" or one sentence for the log.
+
+    `memo` falls back to the reference where it is not exact; every engine does when one id differs on `sample`.
+    """
+    tokenizer = load_reference(folder)
+    reference = ReferenceEngine(tokenizer)
+    if wanted == "huggingface":
+        return reference, ""
+    engine: Engine
+    if wanted == "memo":
+        if not memo_is_exact(tokenizer):
+            return reference, "memo is not exact by construction for this tokenizer: using huggingface"
+        engine = MemoEngine(tokenizer)
+    else:
+        try:
+            engine = (NanotokenEngine if wanted == "nanotoken" else GigatokenEngine)(folder, tokenizer)
+        except ConfigError:
+            raise
+        except Exception as error:  # the packages refuse tokenizers that they do not know, each in its own way
+            return reference, f"{wanted} cannot load this tokenizer ({error}): using huggingface"
+    if difference := first_difference(engine, reference, sample):
+        return reference, f"{wanted} differs from huggingface on this text ({difference}): using huggingface"
+    return engine, ""
+
+
+def first_difference(engine: Engine, reference: Engine, sample: Sequence[str]) -> str:
+    """Where two engines first give different ids, as a phrase; "" when they agree on every text."""
+    ours, theirs = engine.encode(sample), reference.encode(sample)
+    if np.array_equal(ours.ids, theirs.ids) and np.array_equal(ours.offsets, theirs.offsets):
+        return ""
+    for index, text in enumerate(sample):
+        a = ours.ids[ours.offsets[index] : ours.offsets[index + 1]]
+        b = theirs.ids[theirs.offsets[index] : theirs.offsets[index + 1]]
+        if not np.array_equal(a, b):
+            at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+            return f"text {text[:40]!r}: id {at} is {a[at : at + 1].tolist()}, not {b[at : at + 1].tolist()}"
+    return "different offsets"
+
+
+def sample_of(texts: Sequence[str]) -> list[str]:
+    """The first texts, up to SAMPLE_CHARACTERS together."""
+    chosen, total = [], 0
+    for text in texts:
+        chosen.append(text)
+        total += len(text)
+        if total >= SAMPLE_CHARACTERS:
+            break
+    return chosen
