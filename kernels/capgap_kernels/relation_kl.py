@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from capgap_kernels.dispatch import backend_of
+
 # B batch, T tokens of a row, D width of one side, H relation heads, W = D / H; R rows of a chunk, L valid tokens of
 # these rows, G heads of a chunk.
 
@@ -35,7 +37,10 @@ def relation_kl(
     _check("student", student, valid_BT, num_relation_heads)
     _check("teacher", teacher, valid_BT, num_relation_heads)
     teacher = tuple(projected_BTD.detach() for projected_BTD in teacher)  # type: ignore[assignment]
-    return _EagerRelationKL.apply(valid_BT, num_relation_heads, *student, *teacher)
+    # Triton has no float64 matrix product, so float64 is computed in PyTorch on a GPU too.
+    in_triton = backend_of(student[0]) == "triton" and student[0].dtype != torch.float64
+    loss = _TritonRelationKL if in_triton else _EagerRelationKL
+    return loss.apply(valid_BT, num_relation_heads, *student, *teacher)
 
 
 def _check(side: str, projections: tuple[Tensor, Tensor, Tensor], valid_BT: Tensor, num_relation_heads: int) -> None:
@@ -93,6 +98,42 @@ class _EagerRelationKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output: Tensor):
         gradients = (None if gradient is None else gradient * grad_output for gradient in ctx.gradients)
+        return None, None, *gradients, None, None, None
+
+
+class _TritonRelationKL(torch.autograd.Function):
+    """Keeps one log-sum-exp per query and side; the backward computes the scores again."""
+
+    @staticmethod
+    def forward(ctx, valid_BT: Tensor, num_relation_heads: int, *projections: Tensor) -> Tensor:
+        from capgap_kernels import relation_kl_triton
+
+        # The kernels take any strides of batch and token, such as those of a fused QKV projection.
+        projections = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in projections)
+        valid_BT = valid_BT.contiguous().view(torch.uint8)
+        sums, kept = [], []
+        for student_BTD, teacher_BTD in zip(projections[:3], projections[3:], strict=True):
+            kl_sum, *lse_BHT = relation_kl_triton.forward(student_BTD, teacher_BTD, valid_BT, num_relation_heads)
+            sums.append(kl_sum)
+            kept += lse_BHT
+        ctx.save_for_backward(valid_BT, *projections, *kept)
+        ctx.scale = 1 / (3 * num_relation_heads)
+        return torch.stack(sums).sum() * ctx.scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: Tensor):
+        from capgap_kernels import relation_kl_triton
+
+        valid_BT, *saved = ctx.saved_tensors
+        student, teacher, kept = saved[:3], saved[3:6], saved[6:]
+        upstream = (grad_output * ctx.scale).float()
+        gradients = [
+            relation_kl_triton.backward(student[i], teacher[i], valid_BT, *kept[2 * i : 2 * i + 2], upstream)
+            if ctx.needs_input_grad[2 + i]
+            else None
+            for i in range(3)
+        ]
         return None, None, *gradients, None, None, None
 
 
