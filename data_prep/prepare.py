@@ -533,10 +533,7 @@ def _statistics(config: PrepareConfig, records: list[dict[str, Any]], total: dic
         sources.append(
             {
                 "name": name,
-                **{
-                    k: sum(entry[k] for entry in entries)
-                    for k in ("documents_in", "documents_out", "characters", "tokens")
-                },
+                **{key: sum(entry[key] for entry in entries) for key in COUNTS},
                 "rejected": dict(sorted(per_reason.items())),
                 "partial": partial,
             }
@@ -561,12 +558,7 @@ def _source_entries(recorded: dict[str, Any], stats: dict[str, Any]) -> list[dic
     tokens = sum(source["tokens"] for source in stats["sources"]) or 1
     entries = []
     for prints, source in zip(recorded["source"], stats["sources"], strict=True):
-        entry = {
-            **prints,
-            "documents": source["documents_out"],
-            "characters": source["characters"],
-            "tokens": source["tokens"],
-        }
+        entry = {**prints, **{key: source[key] for key in COUNTS}}
         entry["share_of_characters"] = round(source["characters"] / characters, 6)
         entry["share_of_tokens"] = round(source["tokens"] / tokens, 6)
         if source["partial"]:

@@ -12,7 +12,7 @@ ABBREVIATIONS = frozenset(
     """mr mrs ms dr prof st sr jr rev hon gen col lt sgt capt cmdr adm gov sen rep pres messrs mme mlle
     vs v cf ca c e.g i.e viz al ed eds vol vols no nos nr p pp fig figs ch sec art op dept univ assoc bros
     b d r fl approx est min max jan feb mar apr jun jul aug sep sept oct nov dec
-    z.b d.h u.a bzw usw str hl bd jh geb gest m mm г гг в вв т тыс млн млрд им напр""".split()  # noqa: SIM905
+    z.b d.h u.a bzw usw str hl bd jh geb gest m mm г гг в вв т тыс млн млрд им напр""".split()
 )
 
 
