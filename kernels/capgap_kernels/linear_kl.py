@@ -30,6 +30,7 @@ Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 # Bytes of one side's logits of a chunk. A larger chunk spreads the read and write of the head's gradient over more
 # tokens; a smaller one needs less memory.
 CHUNK_BYTES = {"eager": 32 * 2**20, "triton": 512 * 2**20}
+MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 16, 4096
 
 
 @dataclass(frozen=True)
@@ -186,8 +187,9 @@ class _LinearKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND: Tensor, head_VD: Tensor, bias_V: Tensor | None, job: _Job):
         device = hidden_ND.device
-        backend = backend_of(hidden_ND)
         dtype = hidden_ND.dtype
+        # The Triton kernels compute in float32, so float64 is computed in PyTorch on a GPU too.
+        backend = "eager" if dtype == torch.float64 else backend_of(hidden_ND)
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -200,7 +202,8 @@ class _LinearKL(torch.autograd.Function):
         grad_bias_V = None if bias_V is None or not of_bias else torch.zeros(bias_V.shape, dtype=wide, device=device)
         sums = torch.zeros(2, dtype=torch.float64, device=device)
 
-        tokens_per_chunk = max(16, CHUNK_BYTES[backend] // (job.vocab_size * dtype.itemsize))
+        tokens_per_chunk = CHUNK_BYTES[backend] // (job.vocab_size * dtype.itemsize)
+        tokens_per_chunk = min(max(tokens_per_chunk, MIN_CHUNK_TOKENS), MAX_CHUNK_TOKENS)
         logits_nR = torch.empty(min(tokens_per_chunk, len(hidden_ND)), job.vocab_size, dtype=dtype, device=device)
         teacher_logits_of = _teacher_logits_of(job, dtype, logits_nR.shape)
         with torch.autocast(device.type, enabled=False):
@@ -333,7 +336,7 @@ class _Chunk:
         # logit that is no kept id; kept ids get theirs one by one.
         if isinstance(teacher, TeacherTopK):
             logits_nR.scatter_(1, ids_nK, -torch.inf)
-            rest_n1 = kernels.row_logsumexp(logits_nR, mix.temperature)[:, None].clamp_min(-1e30)
+            rest_n1 = kernels.row_logsumexp(logits_nR, mix.temperature)[:, None].clamp_min(-1e29)
             scaled_nK = kept_nK / mix.temperature
             lse_n1 = torch.logaddexp(rest_n1, scaled_nK.logsumexp(1, keepdim=True))
             log_rest_n1 = (rest_n1 - lse_n1).clamp_min(LOWEST_LOG_PROBABILITY)

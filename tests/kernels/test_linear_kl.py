@@ -6,16 +6,17 @@ import itertools
 
 import pytest
 import torch
+from torch import Tensor
+
 from capgap_kernels import reference
 from capgap_kernels.dispatch import use_backend
 from capgap_kernels.linear_kl import linear_kl
 from capgap_kernels.teacher_signals import TeacherHead, TeacherLogits, TeacherSamples, TeacherTopK
-from torch import Tensor
 
 NAMES = ("hidden", "head", "bias")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 # Both backends meet the same twin; Triton runs under its interpreter where there is no GPU.
-BACKENDS = ("eager",)
+BACKENDS = ("eager", "triton")
 
 
 @pytest.fixture(params=BACKENDS)
@@ -122,7 +123,8 @@ def assert_equal_to_twin(case: Case, *, relative: float, dtype: torch.dtype = to
 
 
 def assert_close(actual: Tensor, expected: Tensor, *, relative: float, what: str) -> None:
-    error = (actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-6)
+    # Below 1e-2 what counts is the rounding of the logits, which are of the order of 1.
+    error = (actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-2)
     assert error <= relative, f"{what}: relative error {error:.2e} > {relative:.0e}"
 
 

@@ -4,10 +4,11 @@ import importlib
 
 import pytest
 import torch
+from torch import Tensor
+
 from capgap_kernels import reference
 from capgap_kernels.dispatch import use_backend
 from capgap_kernels.relation_kl import relation_kl
-from torch import Tensor
 
 NAMES = ("query", "key", "value")
 
