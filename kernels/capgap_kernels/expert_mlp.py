@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from capgap_kernels.dispatch import backend_of
 from capgap_kernels.reference import Routing
 
 
@@ -45,8 +46,9 @@ def expert_mlp(
             "all tensors of expert_mlp must share one dtype outside autocast, got "
             + ", ".join(f"{name} {tensor.dtype}" for name, tensor in given if tensor is not None)
         )
+    function = _TritonExpertMLP if backend_of(hidden_ND) == "triton" else _EagerExpertMLP
     with torch.autocast(device, enabled=False):
-        return _EagerExpertMLP.apply(routing.gate_NK, *tensors, routing, activation, torch.is_grad_enabled())
+        return function.apply(routing.gate_NK, *tensors, routing, activation, torch.is_grad_enabled())
 
 
 def _check(
@@ -191,6 +193,91 @@ class _EagerExpertMLP(torch.autograd.Function):
                 if needs_hidden:
                     grad_x_MD[rows].addmm_(grad_up, w3_EFD[expert])
         grad_hidden_ND = _weighted_sum(grad_x_MD, None, ctx.position_NK) if needs_hidden else None
+        return (
+            grad_gate_NK, grad_hidden_ND, grad_w1_EFD, grad_w2_EDF, grad_b1_EF, grad_b2_ED, grad_w3_EFD, None, None, None,
+        )  # fmt: skip
+
+
+class _TritonExpertMLP(torch.autograd.Function):
+    """Keeps the hidden states and the values before the activation; everything else is recomputed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate_NK: Tensor,
+        hidden_ND: Tensor,
+        w1_EFD: Tensor,
+        w2_EDF: Tensor,
+        b1_EF: Tensor | None,
+        b2_ED: Tensor | None,
+        w3_EFD: Tensor | None,
+        routing: Routing,
+        activation: str,
+        keep_for_backward: bool,
+    ) -> Tensor:
+        from capgap_kernels.expert_mlp_triton import expert_mlp_forward
+
+        gate_NK = gate_NK.contiguous()
+        out_ND, pre_MF, up_MF = expert_mlp_forward(
+            hidden_ND,
+            gate_NK,
+            routing.slot_M,
+            routing.position_NK,
+            routing.offsets_E1,
+            w1_EFD,
+            w2_EDF,
+            b1_EF,
+            b2_ED,
+            w3_EFD,
+            gelu=activation == "gelu",
+            keep_for_backward=keep_for_backward,
+        )
+        if keep_for_backward:
+            ctx.save_for_backward(gate_NK, hidden_ND, w1_EFD, w2_EDF, b2_ED, w3_EFD, pre_MF, up_MF)
+            ctx.routing, ctx.gelu = routing, activation == "gelu"
+        return out_ND
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        from capgap_kernels import expert_mlp_triton as kernels
+
+        (grad_ND,) = grad_outputs
+        gate_NK, hidden_ND, w1_EFD, w2_EDF, b2_ED, w3_EFD, pre_MF, up_MF = ctx.saved_tensors
+        slot_M, position_NK, offsets_E1 = ctx.routing.slot_M, ctx.routing.position_NK, ctx.routing.offsets_E1
+        needs_gate, needs_hidden, needs_w1, needs_w2, needs_b1, needs_b2, needs_w3 = ctx.needs_input_grad[:7]
+        top_k = gate_NK.shape[1]
+        grad_pre_MF, grad_up_MF, weighted_inner_MF, part_GM = kernels.gradient_before_activation(
+            grad_ND, gate_NK, slot_M, offsets_E1, w2_EDF, pre_MF, up_MF, gelu=ctx.gelu
+        )
+        grad_gate_NK = grad_hidden_ND = grad_w1_EFD = grad_b1_EF = grad_w2_EDF = grad_b2_ED = grad_w3_EFD = None
+        if needs_gate:
+            grad_gate_NK = kernels.gate_gradient(
+                part_GM, grad_ND, b2_ED, ctx.routing.expert_NK, position_NK, offsets_E1[-1]
+            )
+        if needs_w2 or needs_b2:
+            grad_w2_EDF, grad_b2_ED = kernels.weight_gradient(
+                grad_ND,
+                weighted_inner_MF,
+                slot_M,
+                offsets_E1,
+                top_k=top_k,
+                gather_p=True,
+                with_bias=needs_b2,
+                gate_NK=gate_NK,
+            )
+        if needs_w1 or needs_b1:
+            grad_w1_EFD, grad_b1_EF = kernels.weight_gradient(
+                grad_pre_MF, hidden_ND, slot_M, offsets_E1, top_k=top_k, gather_q=True, with_bias=needs_b1
+            )
+        if needs_w3:
+            grad_w3_EFD, _ = kernels.weight_gradient(
+                grad_up_MF, hidden_ND, slot_M, offsets_E1, top_k=top_k, gather_q=True
+            )
+        if needs_hidden:
+            grad_hidden_ND = kernels.hidden_gradient(
+                grad_pre_MF, grad_up_MF, slot_M, position_NK, offsets_E1, w1_EFD, w3_EFD
+            )
         return (
             grad_gate_NK, grad_hidden_ND, grad_w1_EFD, grad_w2_EDF, grad_b1_EF, grad_b2_ED, grad_w3_EFD, None, None, None,
         )  # fmt: skip

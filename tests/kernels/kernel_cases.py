@@ -28,7 +28,7 @@ CASES = {
     "all tokens on one expert": Case(35, 4, 1, wanted=(2,)),
     "one expert": Case(19, 1, 1),
     "every expert": Case(13, 4, 4),
-    "more slots than a block": Case(150, 8, 2, hidden=33, width=35),
+    "more slots than a block": Case(70, 4, 2, hidden=33, width=35),
     "only padding": Case(5, 3, 1, wanted=(), padding=True),
 }
 

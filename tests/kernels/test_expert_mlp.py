@@ -5,7 +5,7 @@ import torch
 from capgap_kernels import expert_mlp, reference, route, use_backend
 from kernel_cases import CASES, assert_close, draw, draw_logits, draw_valid
 
-BACKENDS = ["eager"]
+BACKENDS = ["eager", "triton"]
 EXPERTS = {
     "gelu with biases": {"activation": "gelu", "biases": True, "gated": False},
     "swiglu": {"activation": "silu", "biases": False, "gated": True},
@@ -72,8 +72,10 @@ def test_half_precision_keeps_its_sums_in_float32(experts, dtype, backend, devic
     actual = output_and_gradients(
         expert_mlp, inputs, case, experts, dtype, device, backend=backend, logits_dtype=torch.float32
     )
+    # Triton's interpreter cuts float32 to bf16 where a GPU rounds: twice the error.
+    cut = backend == "triton" and dtype == torch.bfloat16 and device.type == "cpu"
     for what, value in expected.items():
-        assert_close(actual[what], value, relative=1e-2, what=what)
+        assert_close(actual[what], value, relative=2e-2 if cut else 1e-2, what=what)
     assert actual["output"].dtype == dtype
 
 
