@@ -80,8 +80,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from pipeline.eval_tasks.loading import ModelSource
 
-    source = ModelSource(config.model, trust_remote_code=config.trust_remote_code)
-    source.check()
+    source = ModelSource.find(config.model, trust_remote_code=config.trust_remote_code)
     fingerprint = source.fingerprint()
     folder = config.out / "scores"
     make_folder(folder)
@@ -231,7 +230,7 @@ def model_figures(config: ScoreConfig, source: Any, *, device: Any, ids: Any) ->
     model = source.model(transformers.AutoModel, device=device)
     figures = {
         "name": config.model,
-        "source": source.location,
+        "source": str(source.folder.resolve()),
         "architecture": type(model).__name__,
         **encoder_figures(model, THROUGHPUT_LENGTH),
         "software": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -261,7 +260,12 @@ def summarise(config: ScoreConfig, tasks: dict[str, Task], results: list[Result]
             metric: student_interval([result.metrics[metric] for result in chosen]) for metric in chosen[0].metrics
         }
         summary["tasks"][name] = {
-            "headlines": [asdict(headline) | intervals[headline.metric].as_json() for headline in task.headlines],
+            "headlines": [
+                asdict(headline)
+                | {"floor": intervals[headline.floor_metric].mean if headline.floor_metric else None}
+                | intervals[headline.metric].as_json()
+                for headline in task.headlines
+            ],
             "metrics": {metric: interval.as_json() for metric, interval in intervals.items()},
             "seeds": [result.unit.seed for result in chosen],
             "learning_rate": best,

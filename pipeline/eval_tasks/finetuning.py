@@ -5,6 +5,7 @@ Legend: B batch, T tokens of the longest row in the batch, C classes.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -201,7 +202,7 @@ def tune_and_predict(
     """The loss of each epoch, and the logits of each evaluation split. The seed decides head, dropout and order."""
     assert unit.seed is not None and unit.learning_rate is not None
     torch.manual_seed(unit.seed)
-    model = build_model()
+    model: Any = build_model()
     model.config.pad_token_id = prepared.pad_id
     losses = fine_tune(
         model,

@@ -16,6 +16,8 @@ class Headline:
     metric: str
     percent: bool = True
     higher_is_better: bool = True
+    floor_metric: str | None = None
+    """What guessing gives (the metric of always naming the most frequent class)."""
 
 
 @dataclass(frozen=True)
