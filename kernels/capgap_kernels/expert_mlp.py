@@ -194,8 +194,17 @@ class _EagerExpertMLP(torch.autograd.Function):
                     grad_x_MD[rows].addmm_(grad_up, w3_EFD[expert])
         grad_hidden_ND = _weighted_sum(grad_x_MD, None, ctx.position_NK) if needs_hidden else None
         return (
-            grad_gate_NK, grad_hidden_ND, grad_w1_EFD, grad_w2_EDF, grad_b1_EF, grad_b2_ED, grad_w3_EFD, None, None, None,
-        )  # fmt: skip
+            grad_gate_NK,
+            grad_hidden_ND,
+            grad_w1_EFD,
+            grad_w2_EDF,
+            grad_b1_EF,
+            grad_b2_ED,
+            grad_w3_EFD,
+            None,
+            None,
+            None,
+        )
 
 
 class _TritonExpertMLP(torch.autograd.Function):
@@ -270,7 +279,7 @@ class _TritonExpertMLP(torch.autograd.Function):
             grad_w1_EFD, grad_b1_EF = kernels.weight_gradient(
                 grad_pre_MF, hidden_ND, slot_M, offsets_E1, top_k=top_k, gather_q=True, with_bias=needs_b1
             )
-        if needs_w3:
+        if needs_w3 and grad_up_MF is not None:
             grad_w3_EFD, _ = kernels.weight_gradient(
                 grad_up_MF, hidden_ND, slot_M, offsets_E1, top_k=top_k, gather_q=True
             )
@@ -279,8 +288,17 @@ class _TritonExpertMLP(torch.autograd.Function):
                 grad_pre_MF, grad_up_MF, slot_M, position_NK, offsets_E1, w1_EFD, w3_EFD
             )
         return (
-            grad_gate_NK, grad_hidden_ND, grad_w1_EFD, grad_w2_EDF, grad_b1_EF, grad_b2_ED, grad_w3_EFD, None, None, None,
-        )  # fmt: skip
+            grad_gate_NK,
+            grad_hidden_ND,
+            grad_w1_EFD,
+            grad_w2_EDF,
+            grad_b1_EF,
+            grad_b2_ED,
+            grad_w3_EFD,
+            None,
+            None,
+            None,
+        )
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> None:

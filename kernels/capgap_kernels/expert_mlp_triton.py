@@ -143,7 +143,7 @@ def expand_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """inner = act(x w1^T + b1) [* (x w3^T)]; x is gathered from the tokens, `pre` and `up` are kept for the backward."""
+    """inner = act(x w1^T + b1) [* (x w3^T)], x gathered from the tokens; `pre` and `up` are kept for the backward."""
     tile, column_tile = _tile_of_program(tl.cdiv(F, BLOCK_N), tl.cdiv(M, BLOCK_M) + E, GROUP)
     expert, row_M, inside_M = _rows_of_tile(tile, offsets_ptr, M, E, BLOCK_G, BLOCK_M)
     if expert >= E:
@@ -230,10 +230,8 @@ def contract_kernel(
     inside_N = column_N < W
     inside_MN = inside_M[:, None] & inside_N[None, :]
     slot_M = tl.load(slot_ptr + row_M, mask=inside_M, other=0)
-    if SCATTER:
-        address_MN = slot_M[:, None] * W + column_N[None, :]
-    else:
-        address_MN = row_M[:, None] * W + column_N[None, :]
+    out_row_M = slot_M if SCATTER else row_M
+    address_MN = out_row_M[:, None] * W + column_N[None, :]
     sum_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if group == E:
         if SCATTER:

@@ -1,4 +1,4 @@
-"""Triton kernels of `permute` and `combine`: each token's row is read once and its K rows written or read by address."""
+"""Triton kernels of `permute` and `combine`: a token's row is read once, its K rows written or read by address."""
 
 # N tokens, K choices per token, M = N*K permuted rows, D hidden. Positions at or past offsets[E] belong to padding.
 

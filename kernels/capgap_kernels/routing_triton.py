@@ -44,11 +44,10 @@ def _scores(logits_NE, expert_E, E: tl.constexpr, SIGMOID: tl.constexpr):
     exp_NE = tl.exp(logits_NE - top_N[:, None])
     sum_N = tl.sum(exp_NE, 1)
     softmax_NE = exp_NE / sum_N[:, None]
+    scores_NE = softmax_NE
     if SIGMOID:
         # exp(-x) of a very negative x is inf, and 1 / inf is the 0 that it should be.
         scores_NE = tl.where((expert_E < E)[None, :], 1.0 / (1.0 + tl.exp(-logits_NE)), 0.0)
-    else:
-        scores_NE = softmax_NE
     return scores_NE, softmax_NE, top_N + tl.log(sum_N)
 
 
@@ -180,7 +179,7 @@ def route_place_kernel(
     BLOCK_K: tl.constexpr,
     HAS_VALID: tl.constexpr,
 ):
-    """Position of a slot: slots of lower experts + slots of its expert in earlier blocks + those earlier in its block."""
+    """A slot's position: slots of lower experts, of its expert in earlier blocks, and earlier in its block."""
     block = tl.program_id(0).to(tl.int64)
     index_S = tl.arange(0, BLOCK_N * BLOCK_K)  # slots of this block in order
     token_S = block * BLOCK_N + index_S // BLOCK_K

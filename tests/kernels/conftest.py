@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from capgap_kernels.interpreter import prepare_interpreter
 
 # Before the test modules import anything that imports triton.

@@ -135,7 +135,7 @@ def assert_close(actual: Tensor, expected: Tensor, *, relative: float, what: str
 )
 def test_sums_and_every_gradient_equal_the_float64_twin(backend, small_chunks, teacher, divergence, temperature):
     assert_equal_to_twin(
-        draw(37, 8, 53, teacher=teacher),
+        draw(21, 8, 53, teacher=teacher),
         relative=1e-5,
         divergence=divergence,
         temperature=temperature,
@@ -146,7 +146,7 @@ def test_sums_and_every_gradient_equal_the_float64_twin(backend, small_chunks, t
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "width", "num_ids"), [(1, 1, 1), (1, 4, 2), (7, 3, 1031), (131, 5, 17)], ids=str
+    ("num_tokens", "width", "num_ids"), [(1, 1, 1), (1, 4, 2), (7, 3, 1031), (41, 5, 17)], ids=str
 )
 @pytest.mark.parametrize("teacher", ["head", "topk"])
 def test_awkward_sizes(backend, small_chunks, teacher, num_tokens, width, num_ids):

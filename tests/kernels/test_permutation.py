@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from capgap_kernels import combine, permute, reference, route, use_backend
 from kernel_cases import CASES, assert_close, draw, draw_logits, draw_valid
+
+from capgap_kernels import combine, permute, reference, route, use_backend
 
 BACKENDS = ["eager", "triton"]
 

@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 import torch
-from capgap_kernels import reference, route, use_backend
 from kernel_cases import CASES, assert_close, draw, draw_logits, draw_valid
+
+from capgap_kernels import reference, route, use_backend
 
 BACKENDS = ["eager", "triton"]
 OPTIONS = {
