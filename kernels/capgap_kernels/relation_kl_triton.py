@@ -34,7 +34,7 @@ def _load_head(
 
 
 @triton.jit
-def forward_kernel(
+def relation_kl_forward_kernel(
     student_ptr,  # [B, T, H * WS]
     teacher_ptr,  # [B, T, H * WT]
     valid_ptr,  # [B, T] uint8
@@ -112,7 +112,7 @@ def forward_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def relation_kl_backward_kernel(
     student_ptr,  # [B, T, H * WS]
     teacher_ptr,  # [B, T, H * WT]
     valid_ptr,  # [B, T] uint8
@@ -188,7 +188,7 @@ def forward(
     kl = torch.empty(num_rows, num_heads, num_tiles, dtype=torch.float32, device=device)
     student_lse_BHT = torch.empty(num_rows, num_heads, length, dtype=torch.float32, device=device)
     teacher_lse_BHT = torch.empty_like(student_lse_BHT)
-    forward_kernel[num_tiles * num_heads, num_rows](
+    relation_kl_forward_kernel[num_tiles * num_heads, num_rows](
         student_BTD,
         teacher_BTD,
         valid_BT,
@@ -217,7 +217,7 @@ def backward(
     num_rows, num_heads, length = student_lse_BHT.shape
     options = _options(student_BTD, teacher_BTD, num_heads, length)
     gradient_BTD = torch.empty(student_BTD.shape, dtype=student_BTD.dtype, device=student_BTD.device)
-    backward_kernel[triton.cdiv(length, options["Q"]) * num_heads, num_rows](
+    relation_kl_backward_kernel[triton.cdiv(length, options["Q"]) * num_heads, num_rows](
         student_BTD,
         teacher_BTD,
         valid_BT,
@@ -240,5 +240,7 @@ def _options(student_BTD: Tensor, teacher_BTD: Tensor, num_heads: int, length: i
     widths = {"WS": student_BTD.shape[-1] // num_heads, "WT": teacher_BTD.shape[-1] // num_heads}
     # tl.dot wants at least 16 on every side: heads of 12 and 24 are padded to 16 and 32 in registers.
     padded = {f"{name}_PADDED": max(16, triton.next_power_of_2(width)) for name, width in widths.items()}
-    tile = min(64, max(16, triton.next_power_of_2(length)))
-    return {"H": num_heads, **widths, **padded, "Q": tile, "K": tile, "num_warps": 4}
+    # 64 x 32 in half precision and 32 x 32 in float32 (no tensor cores there) keep every variant of the compile check
+    # below 128 registers and off the stack; 64 x 64 does not.
+    tile = min(64 if student_BTD.dtype.itemsize == 2 else 32, max(16, triton.next_power_of_2(length)))
+    return {"H": num_heads, **widths, **padded, "Q": tile, "K": min(32, tile), "num_warps": 4}
