@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -109,10 +110,16 @@ def open_source(number: int, name: str) -> Source:
         return Source(number, name, [path], "files")
     looks_like_file = KNOWN.search(path.name)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or (looks_like_file and looks_like_file.group()):
-        near = sorted(p.name for p in path.parent.iterdir())[:5] if path.parent.is_dir() else []
-        where = f"the folder has {', '.join(near)}" if near else f"no folder {path.parent} either"
-        raise DataError(f"opening source {name}: no such file or folder ({where}) - check the path")
+        raise DataError(f"opening source {name}: no such file or folder - {_nearest(path)} - check the path")
     return Source(number, name, [], "dataset-name")
+
+
+def _nearest(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent}"
+    names = sorted(entry.name for entry in path.parent.iterdir() if not entry.name.startswith("."))
+    near = get_close_matches(path.name, names, n=3) or names[:5]
+    return f"the folder {path.parent} has {', '.join(near) or 'no files'}"
 
 
 def _saved_files(folder: Path) -> list[str]:

@@ -96,7 +96,7 @@ def save_tokenizer(name: str, folder: Path) -> None:
             "give a folder made by save_pretrained"
         )
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise DataError(f"loading tokenizer {name}: no such folder - give a tokenizer folder or a hub name")
+        raise DataError(f"loading tokenizer {name} - no such folder - give a tokenizer folder or a hub name")
     _save_from_hub(name, folder)
 
 
