@@ -376,12 +376,13 @@ DS_CONFIG_KEYS = frozenset(
     """activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comms_logger communication_data_type
     compile compression_training csv_monitor curriculum_learning data_efficiency data_types dataloader_drop_last
     disable_allgather dump_state elasticity expert_parallel flops_profiler fp16 gradient_accumulation_dtype
-    gradient_accumulation_steps gradient_clipping gradient_predivide_factor graph_harvesting load_universal_checkpoint
-    memory_breakdown monitor_config nebula optimizer pipeline prescale_gradients progressive_layer_drop quantize_training
-    scheduler seq_parallel_communication_data_type sparse_attention sparse_gradients steps_per_print tensor_parallel
-    tensorboard timers torch_autocast train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism
-    wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
-    zero_optimization""".split()
+    gradient_accumulation_steps gradient_clipping gradient_predivide_factor graph_harvesting
+    load_universal_checkpoint memory_breakdown monitor_config nebula optimizer pipeline prescale_gradients
+    progressive_layer_drop quantize_training scheduler seq_parallel_communication_data_type sparse_attention
+    sparse_gradients steps_per_print tensor_parallel tensorboard timers torch_autocast train_batch_size
+    train_micro_batch_size_per_gpu use_data_before_expert_parallelism wall_clock_breakdown wandb
+    weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
+    """.split()
 )
 # What RunConfig (or the trainer) says; a second place for the same number would have to be kept in step by hand.
 DS_CONFIG_OWNED = {

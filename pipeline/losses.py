@@ -7,9 +7,9 @@ stands in the training step, so that ranks, accumulation steps and padding canno
 from collections.abc import Callable
 
 import torch
-from capgap_kernels import relation_kl as relation_kl_kernel
 from torch import Tensor
 
+from capgap_kernels import relation_kl as relation_kl_kernel
 from pipeline.config import LossConfig
 from pipeline.signals import Signals
 
@@ -23,7 +23,7 @@ def relation_kl(student: Signals, teacher: Signals, config: LossConfig) -> Tenso
 
 
 def balance(student: Signals, teacher: Signals, config: LossConfig) -> Tensor:
-    """E * sum_e(mean gate_e * token share_e), mean over routers, times the valid tokens (so that it sums like the rest).
+    """E * sum_e(mean gate_e * token share_e), mean over routers, times the valid tokens so that it sums like the rest.
 
     The share is that of the global batch: a share taken per micro-batch would push every micro-batch to be balanced
     for itself, and would change with the number of ranks (arXiv 2501.11873).

@@ -81,7 +81,8 @@ def _export(place: Place) -> None:
 def _skip_cpu_op_builds() -> None:
     """Tells DeepSpeed that no compiled op fits this machine.
 
-    On a CPU it would otherwise build a shared-memory all-reduce at start (40 s, and for ever if a build was once killed).
+    On a CPU it would otherwise build a shared-memory all-reduce at start (40 s, or for ever after a killed
+    build).
     """
     import deepspeed.ops
     from deepspeed.ops.op_builder.all_ops import ALL_OPS

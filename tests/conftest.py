@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from data_prep.files import write_json
 from data_prep.shards import (
     Manifest,

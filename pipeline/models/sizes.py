@@ -47,7 +47,7 @@ class MemoryEstimate:
 def estimate_memory(
     student: nn.Module, teacher: nn.Module, config: RunConfig, *, zero_stage: int, world_size: int, length: int
 ) -> MemoryEstimate:
-    """What one rank will hold at the height of a step. An estimate: allocators round up and libraries have workspaces."""
+    """What one rank will hold at the height of a step. Allocators round up and libraries add workspaces."""
     trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
     total = num_parameters(student)
     bf16 = config.engine.precision == "bf16"

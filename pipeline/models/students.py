@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import torch
-from capgap_kernels import Routing, expert_mlp, route
 from torch import Tensor, nn
 from transformers import AutoModel, BertConfig, BertModel, PreTrainedModel
 
+from capgap_kernels import Routing, expert_mlp, route
 from pipeline.config import StudentConfig
 from pipeline.models.bert import last_layer_relations
 from pipeline.models.initialization import copy_bert_layers, fill_minimoe, spread_layers
@@ -26,7 +26,8 @@ from pipeline.signals import Batch, RouterSignals, Signals
 class DenseStudent(nn.Module):
     """A BertModel whose relations are those of its last attention (MiniLMv2, arXiv 2012.15828).
 
-    Nothing above the last layer's queries, keys and values is reached by the loss, so it is frozen: it would only decay.
+    Nothing above the last layer's queries, keys and values is reached by the loss, so it is frozen: it would only
+    decay.
     """
 
     def __init__(self, backbone: BertModel):
