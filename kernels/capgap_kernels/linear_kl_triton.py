@@ -173,7 +173,7 @@ def row_logsumexp_kernel(
         weight = tl.where(scores > MASKED, tl.exp2(scores - new_max), 0.0)
         row_sum = row_sum * tl.exp2(row_max - new_max) + tl.sum(weight, 0)
         row_max = new_max
-    tl.store(lse_ptr + row, (row_max + tl.log2(row_sum)) * LN_2)
+    tl.store(lse_ptr + row, (row_max + tl.log2(tl.maximum(row_sum, 1e-30))) * LN_2)
 
 
 @triton.jit
@@ -240,7 +240,7 @@ def dense_losses_(
 
 
 def row_logsumexp(logits_nR: Tensor, temperature: float) -> Tensor:
-    """[n], float32: log of the sum over the row of exp(logit / temperature); -inf for a row of -inf."""
+    """[n], float32: log of the sum over the row of exp(logit / temperature); below -1e29 for a row of -inf."""
     num_tokens, num_ids = logits_nR.shape
     lse_n = torch.empty(num_tokens, dtype=torch.float32, device=logits_nR.device)
     row_logsumexp_kernel[(num_tokens,)](
