@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from data_prep.errors import ConfigError, DataError
+from data_prep.model_folders import package_folder
 from data_prep.shards import id_dtype, tokenizer_hash
 
 EngineName = Literal["memo", "huggingface", "nanotoken", "gigatoken"]
@@ -68,11 +69,12 @@ class SpecialIds:
 
 
 def save_tokenizer(name: str, folder: Path) -> None:
-    """Fills `folder` with tokenizer.json and what else belongs to `name`: a folder, .model or .json file, or hub name.
+    """Fills `folder` with tokenizer.json and what else belongs to `name`: a folder, .model or .json file, hub name,
+    or `package:NAME` for a folder inside an installed Python package.
 
     A folder that holds tokenizer.json is copied as it is; everything else goes through transformers.
     """
-    source = Path(name)
+    source = package_folder(name) if name.startswith("package:") else Path(name)
     if source.is_dir() and (source / "tokenizer.json").is_file():
         for file in TOKENIZER_FILES:
             if (source / file).is_file():

@@ -9,7 +9,7 @@ import xxhash
 from torch import nn
 
 from data_prep.errors import CheckpointError, ConfigError
-from pipeline.models.folders import find_model_folder, read_model_config
+from data_prep.model_folders import find_model_folder, read_model_config
 from pipeline.models.sizes import linear_macs, num_parameters
 
 HASHED_SUFFIXES = (".json", ".safetensors", ".py", ".txt", ".model")

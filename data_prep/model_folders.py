@@ -14,7 +14,7 @@ def find_model_folder(name: str, *, revision: str | None = None) -> Path:
     Raises DataError naming the missing file and how to get it.
     """
     if name.startswith("package:"):
-        folder = _package_folder(name)
+        folder = package_folder(name)
     elif Path(name).exists() or name.startswith((".", "/", "~")):
         folder = Path(name).expanduser()
         if not folder.is_dir():
@@ -27,7 +27,8 @@ def find_model_folder(name: str, *, revision: str | None = None) -> Path:
     return folder
 
 
-def _package_folder(name: str) -> Path:
+def package_folder(name: str) -> Path:
+    """The folder with a config.json inside the installed Python package of `package:NAME`."""
     package = name.removeprefix("package:")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
