@@ -370,7 +370,7 @@ def route_backward(
     (num_tokens, num_experts), top_k = logits_NE.shape, expert_NK.shape[1]
     grad_logits_NE = torch.empty(num_tokens, num_experts, dtype=logits_NE.dtype, device=logits_NE.device)
     block_e = triton.next_power_of_2(num_experts)
-    block_n = max(1, min(128, 2048 // block_e))
+    block_n = max(1, min(128, 1024 // block_e))
     route_backward_kernel[(max(1, triton.cdiv(num_tokens, block_n)),)](
         logits_NE,
         valid_N,
