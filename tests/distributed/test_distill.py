@@ -4,6 +4,7 @@ import os
 import signal
 
 import pytest
+
 from launching import distill, distill_command, exported_weights, json_lines, numbers_of, started, wait_for
 
 STILL = ("--student.dropout", "0", "--student.router_jitter", "0")
@@ -17,7 +18,7 @@ def largest_difference(one: dict, other: dict) -> float:
 @pytest.fixture(scope="module")
 def big_batch(tmp_path_factory, teacher_folder, shards_folder):
     """One process, one micro-batch per step: what every other cut of the batch must equal."""
-    from conftest import RECIPE
+    from tiny_runs import RECIPE
 
     folder = tmp_path_factory.mktemp("big")
     recipe = folder / "recipe.yaml"
