@@ -113,7 +113,7 @@ def table_rows(runs: list[Run], scored: dict[str, Scores]) -> list[Model]:
         if name not in teachers:
             teachers[name] = Model(name=name, role="teacher", colour=TEACHER_COLOUR)
             set_figures(teachers[name], run.record["teacher"])
-    others = []
+    others: list[Model] = []
     for name, scores in scored.items():
         owner = teachers.get(scores.model.get("name", "")) or teachers.get(scores.model.get("source", ""))
         if owner is None and name == "teacher" and len(teachers) == 1:

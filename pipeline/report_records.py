@@ -113,7 +113,7 @@ def open_run(name: str, folder: Path) -> Run:
 
 def read_scores(folder: Path) -> Scores | None:
     """The scores of a folder: scores*.json in it or one level below; None when there are none."""
-    files = [*sorted(folder.glob("*/scores.json")), *sorted(folder.glob("scores*.json"))]
+    files = [*sorted(folder.glob("*/scores.json")), *sorted(folder.glob("scores*.json"), key=lambda path: path.stem)]
     if not files:
         return None
     model: dict[str, Any] = {}

@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     if pending or not (folder / "model.json").exists():
         measure_pending(config, tasks, pending, source=source, fingerprint=fingerprint, expected=expected)
     results = [read_result(folder / unit.file_name, unit, expected[unit]) for unit in expected]
-    summary = summarise(config, tasks, [result for result in results if result is not None], folder=folder)
+    summary = summarise(tasks, [result for result in results if result is not None], out=config.out)
     write_json(config.out / "scores.json", summary)
     print_table(summary)
     print(f"written to {config.out / 'scores.json'}")
@@ -243,45 +243,50 @@ def model_figures(config: ScoreConfig, source: Any, *, device: Any, ids: Any) ->
     return figures
 
 
-def summarise(config: ScoreConfig, tasks: dict[str, Task], results: list[Result], *, folder: Path) -> dict[str, Any]:
-    """What scores.json holds: the model's figures and per task the mean and 95 % interval over seeds."""
-    summary: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "model": read_json(folder / "model.json", MEND_RESULT),
-        "tasks": {},
+def summarise(tasks: dict[str, Task], results: list[Result], *, out: Path) -> dict[str, Any]:
+    """What scores.json holds: the model's figures and per task the mean and 95 % interval over seeds.
+
+    Tasks that an earlier command scored into the same folder, with the same model, stay in it.
+    """
+    model = read_json(out / "scores" / "model.json", MEND_RESULT)
+    earlier = read_json(out / "scores.json", MEND_RESULT) if (out / "scores.json").exists() else {}
+    kept = earlier.get("tasks", {}) if earlier.get("model", {}).get("fingerprint") == model["fingerprint"] else {}
+    scored = kept | {
+        name: summarise_task(task, [result for result in results if result.unit.task == name])
+        for name, task in tasks.items()
     }
-    for name, task in tasks.items():
-        of_task = [result for result in results if result.unit.task == name]
-        rates = list(dict.fromkeys(result.unit.learning_rate for result in of_task))
-        by_rate = {rate: [result for result in of_task if result.unit.learning_rate == rate] for rate in rates}
-        best = max(rates, key=lambda rate: math.fsum(result.selection for result in by_rate[rate]) / len(by_rate[rate]))
-        chosen = by_rate[best]
-        intervals = {
-            metric: student_interval([result.metrics[metric] for result in chosen]) for metric in chosen[0].metrics
-        }
-        summary["tasks"][name] = {
-            "headlines": [
-                asdict(headline)
-                | {"floor": intervals[headline.floor_metric].mean if headline.floor_metric else None}
-                | intervals[headline.metric].as_json()
-                for headline in task.headlines
-            ],
-            "metrics": {metric: interval.as_json() for metric, interval in intervals.items()},
-            "seeds": [result.unit.seed for result in chosen],
-            "learning_rate": best,
-            "learning_rates_tried": rates,
-            "settings": chosen[0].settings,
-            "counts": chosen[0].counts,
-            "seconds": round(math.fsum(result.seconds for result in of_task), 3),
-        }
-    if set(GROUPS["glue"]) <= set(tasks):
-        headlines = [headline for name in GROUPS["glue"] for headline in summary["tasks"][name]["headlines"]]
-        per_seed = [
-            math.fsum(values) / len(values)
-            for values in zip(*(headline["values"] for headline in headlines), strict=True)
-        ]
+    # The order of the table of tasks, not of the commands.
+    scored = {name: scored[name] for name in TASKS if name in scored}
+    summary = {"schema_version": SCHEMA_VERSION, "model": model, "tasks": scored}
+    values = [headline["values"] for name in GROUPS["glue"] if name in scored for headline in scored[name]["headlines"]]
+    if set(GROUPS["glue"]) <= set(scored) and len(set(map(len, values))) == 1:
+        per_seed = [math.fsum(of_seed) / len(of_seed) for of_seed in zip(*values, strict=True)]
         summary["glue_score"] = {"label": "GLUE score", "percent": True, **student_interval(per_seed).as_json()}
     return summary
+
+
+def summarise_task(task: Task, results: list[Result]) -> dict[str, Any]:
+    """One task's entry: the seeds of the best learning rate, their mean and interval, and how they were made."""
+    rates = list(dict.fromkeys(result.unit.learning_rate for result in results))
+    by_rate = {rate: [result for result in results if result.unit.learning_rate == rate] for rate in rates}
+    best = max(rates, key=lambda rate: math.fsum(result.selection for result in by_rate[rate]) / len(by_rate[rate]))
+    chosen = by_rate[best]
+    intervals = {name: student_interval([result.metrics[name] for result in chosen]) for name in chosen[0].metrics}
+    return {
+        "headlines": [
+            asdict(headline)
+            | {"floor": intervals[headline.floor_metric].mean if headline.floor_metric else None}
+            | intervals[headline.metric].as_json()
+            for headline in task.headlines
+        ],
+        "metrics": {name: interval.as_json() for name, interval in intervals.items()},
+        "seeds": [result.unit.seed for result in chosen],
+        "learning_rate": best,
+        "learning_rates_tried": rates,
+        "settings": chosen[0].settings,
+        "counts": chosen[0].counts,
+        "seconds": round(math.fsum(result.seconds for result in results), 3),
+    }
 
 
 def print_table(summary: dict[str, Any]) -> None:

@@ -64,7 +64,7 @@ class Prepared:
 def length_grouped_batches(lengths: np.ndarray, *, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """Every row once, in random batches of rows of similar length; a pure function of its arguments.
 
-    Costs a little randomness and saves most padding: on QNLI 3 % of the positions are padding instead of 42 %.
+    Costs a little randomness and saves most padding: with batches of 32 QNLI rows 4 % of it is left instead of 49 %.
     """
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(len(lengths))

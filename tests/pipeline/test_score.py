@@ -110,6 +110,12 @@ def copy_folder(source: Path, target: Path) -> None:
         (target / path.name).write_bytes(path.read_bytes())
 
 
+def test_a_second_task_joins_the_first_in_one_file(model, tmp_path):
+    for task in ("wikigold", "qnli"):
+        assert run(model, tmp_path, "--seeds", "1", *SMALL, tasks=(task,)) == 0
+    assert list(scores_of(tmp_path)["tasks"]) == ["qnli", "wikigold"]
+
+
 def test_the_same_seed_gives_the_same_numbers(model, scored, tmp_path):
     assert run(model, tmp_path, "--seeds", "1", *SMALL) == 0
     for name in ("qnli-lr3e-05-seed1.json", "wikigold-lr5e-05-seed1.json"):
@@ -278,8 +284,8 @@ def test_a_pretraining_head_in_the_checkpoint_does_no_harm(tmp_path):
 
 def test_the_glue_score_is_the_mean_of_the_headlines_of_each_seed(tmp_path):
     tasks = {name: score.TASKS[name] for name in score.GROUPS["glue"]}
-    config = score.ScoreConfig(model="m", tasks=("glue",), data=tmp_path, out=tmp_path, seeds=2)
-    (tmp_path / "model.json").write_text("{}")
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores" / "model.json").write_text('{"fingerprint": "f"}')
     results = []
     for i, (name, task) in enumerate(tasks.items()):
         for seed in (1, 2):
@@ -287,6 +293,6 @@ def test_the_glue_score_is_the_mean_of_the_headlines_of_each_seed(tmp_path):
             metrics |= {headline.floor_metric: 0.5 for headline in task.headlines if headline.floor_metric}
             unit = score.Unit(name, seed=seed, learning_rate=3e-5)
             results.append(score.Result(unit=unit, metrics=metrics, selection=0.0, counts={}, settings={}, seconds=1.0))
-    summary = score.summarise(config, tasks, results, folder=tmp_path)
+    summary = score.summarise(tasks, results, out=tmp_path)
     per_task = [0.5 + 0.05 * i for i in (0, 1, 2, 3, 4, 4, 5, 6)]  # MNLI counts twice, matched and mismatched
     assert summary["glue_score"]["values"] == pytest.approx([sum(per_task) / 8 + 0.01, sum(per_task) / 8 + 0.02])
