@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -219,6 +220,9 @@ def distill(config: RunConfig, checked: Checked) -> int:
     # Before torch: a signal during its slow import must not kill the rank.
     stop = StopRequest()
     import torch
+
+    # DeepSpeed 0.19 calls a collective that torch 2.13 has renamed: nothing a user could mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
     from pipeline import checkpoints
     from pipeline.batches import BatchPlan, to_device

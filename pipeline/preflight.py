@@ -6,9 +6,9 @@ from typing import Any
 
 from data_prep.errors import ConfigError, DataError
 from data_prep.files import read_json
+from data_prep.model_folders import find_model_folder, read_model_config
 from data_prep.shards import ShardSet, folder_vocabulary, open_shards, tokenizer_hash
 from pipeline.config import RunConfig, changed_keys, load_ds_config
-from data_prep.model_folders import find_model_folder, read_model_config
 
 
 @dataclass(frozen=True)

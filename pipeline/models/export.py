@@ -29,7 +29,7 @@ layers per {length} tokens, {tokens:,} training tokens.
 
 ```python
 from transformers import AutoModel, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}"{trust})
 model = AutoModel.from_pretrained("{folder}"{trust})
 ```
 {note}
@@ -51,6 +51,8 @@ def export_student(
     is_minimoe = model.config.model_type == "minimoe"
     if is_minimoe:
         model.config.auto_map = AUTO_MAP
+    # A distillation may run without dropout; whoever fine-tunes the student expects BERT's.
+    model.config.update({"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1})
     make_folder(folder.parent)
     with replacing_folder(folder) as written:
         model.save_pretrained(written)
