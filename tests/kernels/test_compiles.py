@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for Ampere and Hopper on a machine that has neither, and keeps its values in registers."""
+"""Every Triton kernel compiles for Ampere and Hopper on a machine without either, its values in registers."""
 
 import json
 import os

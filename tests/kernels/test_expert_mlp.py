@@ -1,5 +1,7 @@
 """expert_mlp against its float64 twin: output and every gradient by name, padding, autocast, refusals."""
 
+import itertools
+
 import pytest
 import torch
 from kernel_cases import CASES, assert_close, draw, draw_logits, draw_valid
@@ -11,7 +13,7 @@ EXPERTS = {
     "gelu with biases": {"activation": "gelu", "biases": True, "gated": False},
     "swiglu": {"activation": "silu", "biases": False, "gated": True},
     "gated gelu with biases": {"activation": "gelu", "biases": True, "gated": True},
-    "silu without biases": {"activation": "silu", "biases": False, "gated": False},
+    "silu": {"activation": "silu", "biases": False, "gated": False},
 }
 
 
@@ -50,9 +52,15 @@ def output_and_gradients(function, inputs, case, experts, dtype, device, *, back
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("experts", EXPERTS.values(), ids=EXPERTS.keys())
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(
+    ("case", "experts"),
+    [
+        *itertools.product(CASES, ["gelu with biases", "swiglu"]),
+        *itertools.product(["a prime of everything", "k experts and padding"], ["gated gelu with biases", "silu"]),
+    ],
+)
 def test_output_and_every_gradient_equal_the_float64_twin(case, experts, backend, device):
+    case, experts = CASES[case], EXPERTS[experts]
     inputs = draw_inputs(case, experts)
     expected = output_and_gradients(reference.expert_mlp, inputs, case, experts, torch.float64, "cpu")
     actual = output_and_gradients(expert_mlp, inputs, case, experts, torch.float32, device, backend=backend)
@@ -157,7 +165,7 @@ def test_frozen_weights_get_no_gradient(backend, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_runs_are_equal_bit_for_bit(backend, device):
-    case, experts = CASES["more slots than a block"], EXPERTS["gelu with biases"]
+    case, experts = CASES["k experts and padding"], EXPERTS["gelu with biases"]
     inputs = draw_inputs(case, experts)
     first, second = (
         output_and_gradients(expert_mlp, inputs, case, experts, torch.float32, device, backend=backend)
