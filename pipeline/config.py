@@ -15,6 +15,12 @@ from data_prep.errors import ConfigError
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
+def _require(valid: bool, key: str, value: Any, rule: str) -> None:
+    # NaN fails every comparison, so conditions say what is valid.
+    if not valid:
+        raise ConfigError(f"{key} ({value}) is out of range - it must {rule}")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Which shards are read, and in which order."""
@@ -23,6 +29,9 @@ class DataConfig:
     """Folder written by `capgap prepare`."""
     order_seed: int = 0
     """Seed of the global sample order; with the epoch it alone decides the order."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.order_seed < 2**63, "data.order_seed", self.order_seed, "lie between 0 and 2**63 - 1")
 
 
 @dataclass(frozen=True)
@@ -71,16 +80,17 @@ class StudentConfig:
     """Part of each expert's neurons that all experts start with (arXiv 2305.12129); the rest is its own."""
 
     def __post_init__(self) -> None:
+        counts = "num_hidden_layers hidden_size num_attention_heads intermediate_size num_experts num_attention_experts"
+        for name in counts.split():
+            _require(getattr(self, name) >= 1, f"student.{name}", getattr(self, name), "be at least 1")
+        _require(0 <= self.dropout < 1, "student.dropout", self.dropout, "be 0 or more and less than 1")
+        _require(0 <= self.router_jitter < float("inf"), "student.router_jitter", self.router_jitter, "be 0 or more")
+        _require(0 <= self.shared_fraction <= 1, "student.shared_fraction", self.shared_fraction, "lie between 0 and 1")
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"student.hidden_size ({self.hidden_size}) is not divisible by student.num_attention_heads "
                 f"({self.num_attention_heads}) - every head needs the same width - change one of the two"
             )
-        for name in ("num_hidden_layers", "num_experts", "num_attention_experts", "intermediate_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"student.{name} ({getattr(self, name)}) must be at least 1")
-        if not 0.0 <= self.shared_fraction <= 1.0:
-            raise ConfigError(f"student.shared_fraction ({self.shared_fraction}) must lie between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -97,9 +107,9 @@ class LossConfig:
     """Mean squared logsumexp of the router logits (arXiv 2202.08906)."""
 
     def __post_init__(self) -> None:
+        _require(self.num_relation_heads >= 1, "loss.num_relation_heads", self.num_relation_heads, "be at least 1")
         for name, weight in asdict(self).items():
-            if weight < 0:
-                raise ConfigError(f"loss.{name} ({weight}) must not be negative")
+            _require(0 <= weight < float("inf"), f"loss.{name}", weight, "be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -122,6 +132,17 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     max_grad_norm: float = 5.0
     """Global gradient norm is clipped to this; 0 turns clipping off."""
+
+    def __post_init__(self) -> None:
+        rate, infinity = self.learning_rate, float("inf")
+        _require(0 < rate < infinity, "optimizer.learning_rate", rate, "be more than 0")
+        for name in ("warmup_fraction", "final_learning_rate_ratio"):
+            _require(0 <= getattr(self, name) <= 1, f"optimizer.{name}", getattr(self, name), "lie between 0 and 1")
+        for name in ("weight_decay", "epsilon", "max_grad_norm"):
+            _require(0 <= getattr(self, name) < infinity, f"optimizer.{name}", getattr(self, name), "be 0 or more")
+        _require(
+            all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "each be 0 or more and less than 1"
+        )
 
 
 @dataclass(frozen=True)
@@ -162,7 +183,15 @@ class EngineConfig:
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about one more student forward."""
     timeout_minutes: float = 30.0
-    """A collective that takes longer ends the run."""
+    """A step or collective that takes longer ends the run, naming the rank that did not arrive."""
+    max_skipped_steps: int = 3
+    """Updates in a row that may be skipped for a non-finite gradient before the run stops."""
+    stop_on_collapse: bool = False
+    """Stop, instead of warn, when a router sends nearly everything to few of its experts."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.timeout_minutes < 1e6, "engine.timeout_minutes", self.timeout_minutes, "be more than 0")
+        _require(self.max_skipped_steps >= 0, "engine.max_skipped_steps", self.max_skipped_steps, "be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -175,8 +204,8 @@ class CheckpointConfig:
     """Complete checkpoints that are kept; older ones go only after a newer one is complete."""
 
     def __post_init__(self) -> None:
-        if self.every_steps < 1 or self.keep_last < 1:
-            raise ConfigError("checkpoint.every_steps and checkpoint.keep_last must be at least 1")
+        _require(self.every_steps >= 1, "checkpoint.every_steps", self.every_steps, "be at least 1")
+        _require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "be at least 1")
 
 
 @dataclass(frozen=True)
@@ -185,6 +214,9 @@ class LogConfig:
 
     every_steps: int = 10
     """Steps between lines in metrics.jsonl, TensorBoard and the progress line."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps >= 1, "log.every_steps", self.every_steps, "be at least 1")
 
 
 @dataclass(frozen=True)
@@ -208,6 +240,12 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.steps is None or self.steps >= 1, "steps", self.steps, "be at least 1")
+        _require(self.epochs is None or 0 < self.epochs < float("inf"), "epochs", self.epochs, "be more than 0")
+        _require(bool(self.out.strip()), "out", repr(self.out), "name a folder")
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "lie between 0 and 2**32 - 1")
 
     def num_steps(self, num_rows: int) -> int:
         """Optimizer steps of the whole run over shards of `num_rows` rows."""
@@ -241,11 +279,11 @@ def load_run_config(path: str | Path, overrides: list[str]) -> RunConfig:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    schema = OmegaConf.structured(RunConfig)
-    _make_writable(schema)
+    layers = [*_recipe_layers(Path(path)), *_flag_layers(overrides)]
+    merged = OmegaConf.structured(RunConfig)
+    _make_writable(merged)
     try:
-        merged = schema
-        for origin, layer in [*_recipe_layers(Path(path)), *_flag_layers(overrides)]:
+        for origin, layer in layers:
             merged = _merge(merged, layer, origin)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
@@ -280,6 +318,8 @@ def _recipe_layers(path: Path) -> list[tuple[str, Any]]:
         if not isinstance(layer, DictConfig):
             raise ConfigError(f"{path}: a recipe is a mapping of sections, not a {type(layer).__name__}")
         parent = layer.pop("extends", None)
+        for key in _dotted_keys(OmegaConf.to_container(layer)):
+            _require_known_key(key, str(path))
         layers.insert(0, (str(path), layer))
         if parent is None:
             return layers
@@ -303,24 +343,61 @@ def _flag_layers(overrides: list[str]) -> list[tuple[str, Any]]:
             value = words.pop(0)
         key = key.replace("-", "_")
         _require_known_key(key, f"flag --{key}")
-        layers.append((f"flag --{key}", OmegaConf.from_dotlist([f"{key}={value}"])))
+        layers.append((f"flag --{key}", OmegaConf.create(_nested(key, _flag_value(key, value)))))
     return layers
+
+
+def _flag_value(key: str, text: str) -> Any:
+    """What a flag's text means to its field. To a string it is itself: as YAML, the revision 0123 would be 83."""
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    kind = _field_type(key)
+    if kind is str or (kind == str | None and text != "null"):
+        return text
+    try:
+        return OmegaConf.from_dotlist([f"value={text}"])["value"]
+    except YAMLError as error:
+        raise ConfigError(f"flag --{key}: {text!r} is not readable as YAML - {_first_line(error)}") from error
+
+
+def _field_type(key: str) -> Any:
+    kind: Any = RunConfig
+    for name in key.split("."):
+        kind = next(spec.type for spec in fields(kind) if spec.name == name)
+    return kind
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
 
 
 def _merge(config: Any, layer: Any, origin: str) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    if origin.startswith("flag"):
-        pass
-    else:
-        for key in _dotted_keys(OmegaConf.to_container(layer)):
-            _require_known_key(key, origin)
     try:
         return OmegaConf.merge(config, layer)
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or ""
+        key = getattr(error, "full_key", None) or _refused_key(config, layer)
         raise ConfigError(f"{origin}: {key + ': ' if key and key not in origin else ''}{_first_line(error)}") from error
+
+
+def _refused_key(config: Any, layer: Any) -> str:
+    """The first key of a layer that alone cannot be merged: OmegaConf does not name it in every error."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    tree = OmegaConf.to_container(layer)
+    assert isinstance(tree, dict)
+    for key, value in _flatten(tree).items():
+        try:
+            OmegaConf.merge(config, _nested(key, value))
+        except OmegaConfBaseException:
+            return key
+    return ""
 
 
 def known_keys(schema: type = RunConfig, prefix: str = "") -> list[str]:
@@ -441,13 +518,13 @@ def changed_keys(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     ]
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(tree: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, dict):
             flat |= _flatten(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+            flat[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
     return flat
 
 
