@@ -4,24 +4,28 @@ Read it from top to bottom: check, build, resume, loop, export.
 """
 
 import argparse
-import os
 import sys
 import time
 import warnings
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.errors import CapgapError, NumericsError
 from data_prep.files import make_folder, write_json
+from data_prep.locks import folder_lock
 from data_prep.progress import Progress
 from pipeline.config import RunConfig, load_run_config, print_fields
+from pipeline.failures import explain
 from pipeline.preflight import Checked, check_run
 from pipeline.ranks import place_from_environment, under_srun
+from pipeline.watching import end_process, router_health
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pipeline.batches import StepData
     from pipeline.checkpoints import Position
     from pipeline.parallel import Ranks
     from pipeline.signals import Batch, RouterSignals, Signals
@@ -53,11 +57,11 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
     try:
         return distill(config, checked)
-    except CapgapError as error:
-        print(f"error: rank {place.rank}: {error}", file=sys.stderr, flush=True)
-        # The process group is not taken down: with a rank missing, that would wait for ever.
-        sys.stdout.flush()
-        os._exit(error.exit_code)
+    except Exception as error:
+        known = explain(error, config)
+        print(f"error: rank {place.rank}: {known}", file=sys.stderr, flush=True)
+        end_process(known.exit_code)
+        raise  # not reached
 
 
 def read_flags(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -161,13 +165,15 @@ class Window:
 
     steps: int = 0
     tokens: int = 0
+    skipped: int = 0
     seconds: float = 0.0
     losses: dict[str, "Tensor"] = field(default_factory=dict)
     routers: dict[str, "RouterSignals"] = field(default_factory=dict)
 
     def add(self, losses: dict[str, "Tensor"], routers: dict[str, "RouterSignals"]) -> None:
         for name, value in losses.items():
-            self.losses[name] = self.losses.get(name, 0.0) + value.detach()
+            # In float32 whatever the model's arithmetic: these are sums over many tokens.
+            self.losses[name] = self.losses.get(name, 0.0) + value.detach().float()
         for name, new in routers.items():
             old = self.routers.get(name)
             self.routers[name] = replace(
@@ -183,6 +189,7 @@ class Window:
         return {
             "steps": self.steps,
             "tokens": self.tokens,
+            "skipped": self.skipped,
             "losses": {name: float(value) for name, value in self.losses.items()},
             "routers": {
                 name: {part: getattr(router, part).tolist() for part in ROUTER_PARTS}
@@ -202,6 +209,7 @@ class Window:
         return Window(
             steps=state["steps"],
             tokens=state["tokens"],
+            skipped=state["skipped"],
             losses={name: tensor(value) for name, value in state["losses"].items()},
             routers={
                 name: RouterSignals(**{part: tensor(value) for part, value in router.items()})
@@ -228,10 +236,22 @@ def distill(config: RunConfig, checked: Checked) -> int:
     from pipeline.batches import BatchPlan, to_device
     from pipeline.losses import active_losses
     from pipeline.optimizer import learning_rate
-    from pipeline.parallel import gradient_norm, join, replicated_gradient_norm, start_engine
+    from pipeline.parallel import (
+        gradient_norm,
+        join,
+        replicated_gradient_norm,
+        start_engine,
+        update_was_applied,
+        withhold_bad_update,
+    )
     from pipeline.tracking import JsonLines, Tracker
+    from pipeline.watching import Alarms, HangWatch
 
     out = Path(config.out)
+    make_folder(out)
+    lock = ExitStack()
+    if place_from_environment().rank == 0:
+        lock.enter_context(folder_lock(out, "run"))
     ranks = join(place_from_environment(), config.engine.timeout_minutes)
     student, teacher = build_models(config, checked)
     teacher.to(ranks.device)
@@ -261,7 +281,6 @@ def distill(config: RunConfig, checked: Checked) -> int:
         )
     tracker = ledger = None
     if ranks.rank == 0:
-        make_folder(out)
         write_json(out / "run.json", record)
         tracker = Tracker(out, resume_step=position.step)
         ledger = JsonLines(out / "ledger.jsonl", resume_step=position.step)
@@ -281,8 +300,16 @@ def distill(config: RunConfig, checked: Checked) -> int:
             checkpoints.keep_last(out / "checkpoints", config.checkpoint.keep_last)
 
     progress = Progress("distil", checked.num_steps, unit="steps", start=position.step) if ranks.rank == 0 else None
-    saved_step, started = position.step, time.monotonic()
+    saved_step, skipped_in_a_row, alarms, started = position.step, 0, Alarms(), time.monotonic()
+    hang_watch = HangWatch(
+        ranks.store,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=60 * config.engine.timeout_minutes,
+        on_hang=lambda: end_process(1),
+    )
     for data in plan.steps(position.step, checked.num_steps):
+        hang_watch.arrive(position.step)
         # One small all-reduce of integers: the global token count, whether anyone wants to stop, and proof of the data.
         num_tokens, num_stops, digest = _sum_over_ranks(
             [data.num_valid_tokens, int(bool(stop.reason)), data.digest], ranks
@@ -303,6 +330,7 @@ def distill(config: RunConfig, checked: Checked) -> int:
         if len(micro_batches) > 1 and "balance" in weights:
             counted = count_loads(student, micro_batches, ranks)
         is_logged = (position.step + 1) % config.log.every_steps == 0 or position.step + 1 == checked.num_steps
+        step_sums = Window()
         for batch in micro_batches:
             seen_by_teacher = teacher(batch)
             seen_by_student = engine(batch)
@@ -310,11 +338,26 @@ def distill(config: RunConfig, checked: Checked) -> int:
             losses = compute_losses(weights, seen_by_student, seen_by_teacher, config)
             engine.backward(sum(weights[name] * loss for name, loss in losses.items()) * scale)
             norm = replicated_gradient_norm(engine) if is_logged else None
+            withheld = withhold_bad_update(engine)
             engine.step()
-            window.add(losses, seen_by_student.routers)
+            step_sums.add(losses, seen_by_student.routers)
         position = checkpoints.Position(position.step + 1, position.tokens + num_tokens)
         window.steps += 1
-        window.tokens += num_tokens
+        if update_was_applied(engine) and not withheld:
+            window.add(step_sums.losses, step_sums.routers)
+            window.tokens += num_tokens
+            skipped_in_a_row = 0
+        else:
+            skipped_in_a_row += 1
+            window.skipped += 1
+            report_skipped_step(position.step, step_sums, data, checked.shards, ranks)
+            if skipped_in_a_row >= config.engine.max_skipped_steps:
+                save()
+                raise NumericsError(
+                    f"training: gradients of {skipped_in_a_row} steps in a row were not finite, up to step "
+                    f"{position.step}; none of their updates was applied and the weights are saved - look at the rows "
+                    "named above, lower optimizer.learning_rate, or use engine.precision fp32"
+                )
 
         if ledger is not None:
             ledger.write({"step": position.step, "first_sample": (position.step - 1) * config.batch.global_size,
@@ -326,11 +369,14 @@ def distill(config: RunConfig, checked: Checked) -> int:
             values |= memory_in_use(ranks)
             if tracker is not None and progress is not None:
                 tracker.log(position.step, values)
-                progress.advance(window.steps, note=f"loss {values['train/loss']:.4f}")
-            if not values["train/loss"] < float("inf"):
+                progress.advance(window.steps, note=f"loss {values.get('train/loss', float('nan')):.4f}")
+            for notice in alarms.notices(position.step, values):
+                say(ranks.rank, f"notice: {notice}")
+            if alarms.collapsed and config.engine.stop_on_collapse:
+                save()
                 raise NumericsError(
-                    f"training: loss ({values['train/loss']}) at step {position.step} is not finite - the checkpoint "
-                    f"of step {saved_step} is the last good one - lower optimizer.learning_rate or use fp32"
+                    f"training: {', '.join(alarms.collapsed)} collapsed at step {position.step} - "
+                    "raise loss.balance or student.router_jitter, or set engine.stop_on_collapse to false"
                 )
             window, started = Window(), time.monotonic()
         if position.step % config.checkpoint.every_steps == 0 or position.step == checked.num_steps:
@@ -347,6 +393,21 @@ def distill(config: RunConfig, checked: Checked) -> int:
         write_json(out / DONE, {"step": position.step, "tokens": position.tokens})
         print(f"done: {out}/export (logs: {out}/metrics.jsonl, {out}/tensorboard)", flush=True)
     return _leave(ranks, 0, stop)
+
+
+def report_skipped_step(step: int, sums: "Window", data: "StepData", shards: Any, ranks: "Ranks") -> None:
+    """Names the ranks and rows behind a non-finite gradient."""
+    import math
+
+    is_bad = not all(math.isfinite(float(loss)) for loss in sums.losses.values())
+    rows = [shards.locate(int(row)) for part in data.rows for row in part] if is_bad else []
+    for rank, found in enumerate(ranks.gather(rows)):
+        if found:
+            shown = ", ".join(f"{file}:{row}" for file, row in found[:8])
+            more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+            say(ranks.rank, f"notice: step {step} skipped: loss of rank {rank} is not finite, rows {shown}{more}")
+    if not any(ranks.gather(is_bad)):
+        say(ranks.rank, f"notice: step {step} skipped: the losses are finite but their gradient is not")
 
 
 def compute_losses(
@@ -424,12 +485,17 @@ def measurements(window: Window, weights: dict[str, float], ranks: "Ranks") -> d
     everywhere = ranks.gather(parts)
     values: dict[str, Any] = {}
     for name in window.losses:
-        values[f"train/{name}"] = sum(part["losses"][name] for part in everywhere) / window.tokens
+        values[f"train/{name}"] = sum(part["losses"][name] for part in everywhere) / max(1, window.tokens)
+    if not values:
+        return {"skipped_steps": window.skipped}
     values = {"train/loss": sum(weights[name] * values[f"train/{name}"] for name in window.losses), **values}
+    values["skipped_steps"] = window.skipped
     values["tokens_per_second"] = window.tokens / max(window.seconds, 1e-9)
     for name in window.routers:
         counts = [sum(column) for column in zip(*(part["routers"][name][0] for part in everywhere), strict=True)]
-        values[f"router/{name}/load"] = [count / max(1, sum(counts)) for count in counts]
+        load = [count / max(1, sum(counts)) for count in counts]
+        values[f"router/{name}/load"] = load
+        values |= {f"router/{name}/{part}": value for part, value in router_health(load).items()}
         values[f"router/{name}/entropy"] = sum(part["routers"][name][1] for part in everywhere) / max(1, sum(counts))
     return values
 

@@ -27,6 +27,8 @@ class Ranks:
     device: torch.device
     control: dist.ProcessGroup
     """A gloo group for flags and counts, which therefore never wait for the GPU."""
+    store: dist.Store
+    """Shared by all ranks; who has arrived where."""
 
     def barrier(self) -> None:
         dist.barrier(group=self.control)
@@ -55,7 +57,8 @@ def join(place: Place, timeout_minutes: float) -> Ranks:
     )
     device = torch.device("cuda", place.local_rank) if on_gpu else torch.device("cpu")
     control = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
-    return Ranks(place.rank, place.local_rank, place.world_size, device, control)
+    store = dist.PrefixStore("capgap", dist.distributed_c10d._get_default_store())
+    return Ranks(place.rank, place.local_rank, place.world_size, device, control, store)
 
 
 def _export(place: Place) -> None:
@@ -112,7 +115,7 @@ def engine_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
     }
     if config.engine.precision == "bf16":
         # Summing micro-batch gradients in bf16 loses their low bits.
-        settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+        settings |= {"bf16": {"enabled": True, "check_grad_overflow": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     return settings
 
 
@@ -128,6 +131,26 @@ def start_engine(student: nn.Module, config: RunConfig, ranks: Ranks) -> Any:
             config=engine_settings(config, ranks.world_size),
         )
     return engine
+
+
+def withhold_bad_update(engine: Any) -> bool:
+    """Drops a non-finite gradient where DeepSpeed would apply it (fp32 without ZeRO); True when it did.
+
+    At the other settings the engine refuses such a step by itself: see `update_was_applied`.
+    """
+    if engine.zero_optimization_stage() != 0 or not engine.is_gradient_accumulation_boundary():
+        return False
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    if not gradients or bool(nn.utils.get_total_norm(gradients).isfinite()):
+        return False
+    for parameter in engine.module.parameters():
+        parameter.grad = None
+    return True
+
+
+def update_was_applied(engine: Any) -> bool:
+    """Whether the last step changed the weights; all ranks get the same answer."""
+    return bool(engine.was_step_applied())
 
 
 def replicated_gradient_norm(engine: Any) -> float | None:

@@ -1,0 +1,130 @@
+"""Notices what a person at the screen would notice: experts that collapse, a loss that jumps, a rank that hangs."""
+
+import faulthandler
+import math
+import os
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+COLLAPSED_BELOW = 0.5  # effective experts / experts
+COLLAPSED_LOGS = 5  # logged windows in a row
+SPIKE_FACTOR = 2.0  # of the median of the last logged losses
+SPIKE_HISTORY = 20
+
+
+def router_health(load: list[float]) -> dict[str, float]:
+    """What a load (share of the tokens per expert) says about a router.
+
+    `max_violation` is how far the fullest expert is above an even share (arXiv 2408.15664), `dead_share` the part
+    of experts with less than a tenth of an even share, `effective_share` is exp(entropy of the load) /
+    experts, 1 when even.
+    """
+    even = 1 / len(load)
+    entropy = -sum(share * math.log(share) for share in load if share > 0)
+    return {
+        "max_violation": max(load) / even - 1,
+        "dead_share": sum(share < 0.1 * even for share in load) / len(load),
+        "effective_share": math.exp(entropy) / len(load),
+    }
+
+
+class Alarms:
+    """Turns logged values into notices; it remembers just enough to be neither late nor nervous."""
+
+    def __init__(self) -> None:
+        self._collapsed: dict[str, int] = {}
+        self._losses: deque[float] = deque(maxlen=SPIKE_HISTORY)
+
+    def notices(self, step: int, values: dict[str, Any]) -> list[str]:
+        """One line per thing worth a look in the values of a logged step."""
+        found = []
+        for name, share in values.items():
+            if not name.endswith("/effective_share"):
+                continue
+            router = name.removesuffix("/effective_share")
+            self._collapsed[router] = self._collapsed.get(router, 0) + 1 if share < COLLAPSED_BELOW else 0
+            if self._collapsed[router] == COLLAPSED_LOGS:
+                found.append(
+                    f"step {step}: {router} is collapsing: its tokens go to {share:.0%} of its experts, "
+                    f"{COLLAPSED_LOGS} logs in a row - raise loss.balance or student.router_jitter"
+                )
+        if (loss := values.get("train/loss")) is None:  # every update of the window was skipped
+            return found
+        if len(self._losses) >= SPIKE_HISTORY // 2 and loss > SPIKE_FACTOR * statistics.median(self._losses):
+            found.append(f"step {step}: loss {loss:.4f} is {SPIKE_FACTOR:g} times the median of the last logs")
+        self._losses.append(loss)
+        return found
+
+    @property
+    def collapsed(self) -> list[str]:
+        """Routers that are in alarm now."""
+        return [router for router, count in self._collapsed.items() if count >= COLLAPSED_LOGS]
+
+
+class HangWatch:
+    """Ends a rank that has made no progress for `timeout` seconds, naming the ranks that did not arrive.
+
+    Each rank notes in the shared store that it has arrived at a step, just before the collective that waits for all.
+    When a collective does not come back, the rank that has not noted the step is the slow one. A thread watches, so it
+    works while the main thread waits inside a collective.
+    """
+
+    def __init__(self, store: Any, *, rank: int, world_size: int, timeout: float, on_hang: Callable[[], None]):
+        self._store, self._rank, self._world_size, self._timeout = store, rank, world_size, timeout
+        self._on_hang = on_hang
+        self._step, self._beat = -1, time.monotonic()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def arrive(self, step: int) -> None:
+        """Says that this rank is about to wait for the others at `step`."""
+        self._step, self._beat = step, time.monotonic()
+        if self._world_size > 1:
+            self._store.set(f"arrived/{self._rank}", str(step))
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(min(1.0, self._timeout / 10)):
+            if time.monotonic() - self._beat > self._timeout:
+                late = [rank for rank in range(self._world_size) if self._last_seen(rank) < self._step]
+                who = f"rank {', '.join(map(str, late))} did not arrive" if late else "every rank arrived"
+                print(
+                    f"error: rank {self._rank}: no progress for {self._timeout:.0f} s at step {self._step}: {who} - "
+                    "its node may be down or its file system stuck; stacks of this rank follow - "
+                    "run the same command again to resume",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+                self._on_hang()
+                return
+
+    def _last_seen(self, rank: int) -> int:
+        answer: list[int] = []
+
+        def ask() -> None:
+            try:
+                answer.append(int(self._store.get(f"arrived/{rank}")))
+            except Exception:  # The store lives in rank 0, which may be the one that is gone.
+                answer.append(-1)
+
+        # A store whose server hangs would hold this thread too.
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(timeout=5)
+        return answer[0] if answer else -1
+
+
+def end_process(code: int) -> None:
+    """Leaves without waiting for anybody: a process group with a missing rank cannot be taken down in order."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
