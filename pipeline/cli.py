@@ -7,6 +7,7 @@ JOBS = {
     "prepare": ("data_prep.prepare", "text to tokenised Arrow shards"),
     "data": ("data_prep.inspect_shards", "verify or show a shard folder"),
     "tokenizer": ("data_prep.tokenizer_tools", "train or extend a sentencepiece tokenizer"),
+    "check": ("pipeline.check", "find what would stop a run, before it starts"),
     "distill": ("pipeline.distill", "train a student (one process; use deepspeed or srun for several)"),
     "score": ("pipeline.score", "fine-tune and evaluate a model"),
     "report": ("pipeline.report", "compare runs on one page"),

@@ -16,6 +16,7 @@ from data_prep.errors import CapgapError, NumericsError
 from data_prep.files import make_folder, write_json
 from data_prep.locks import folder_lock
 from data_prep.progress import Progress
+from pipeline.building import build_models, describe, print_plan, require_resources
 from pipeline.config import RunConfig, load_run_config, print_fields
 from pipeline.failures import explain
 from pipeline.preflight import Checked, check_run
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if flags.dry_run:
             if place.rank == 0:
-                dry_run(config, checked, place.world_size)
+                print_plan(config, checked, place.world_size)
             return 0
     except CapgapError as error:
         # Every rank has met the same error. The launcher kills all of them once one is gone: the one that speaks
@@ -83,80 +84,6 @@ def read_flags(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 def say(rank: int, text: str) -> None:
     if rank == 0:
         print(text, flush=True)
-
-
-def dry_run(config: RunConfig, checked: Checked, world_size: int) -> None:
-    """Prints the resolved config, sizes, tokens per step and the memory estimate."""
-    from omegaconf import OmegaConf
-
-    from pipeline.models.sizes import estimate_memory
-
-    print(OmegaConf.to_yaml(OmegaConf.structured(config)).rstrip())
-    student, teacher = build_models(config, checked)
-    length = checked.shards.manifest.length
-    for name, sizes in describe(config, checked, student, teacher).items():
-        print(f"{name}: {sizes}")
-    per_step = config.batch.global_size * length
-    print(
-        f"steps: {checked.num_steps}, each {config.batch.global_size} rows x {length} = {per_step} tokens "
-        f"({per_step * checked.shards.manifest.utilisation:.0f} valid), {world_size} ranks x "
-        f"{checked.accumulation_steps} accumulation steps x {config.batch.micro_size} rows"
-    )
-    memory = estimate_memory(
-        student, teacher.encoder, config, zero_stage=checked.zero_stage, world_size=world_size, length=length
-    )
-    parts = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in asdict(memory).items())
-    print(f"memory per rank (estimate): {memory.total / 2**20:.0f} MiB = {parts}")
-
-
-def build_models(config: RunConfig, checked: Checked) -> tuple[Any, Any]:
-    """The student with its first weights and the frozen teacher, on the CPU."""
-    import torch
-    import transformers
-
-    from pipeline.models.students import build_student
-    from pipeline.models.teachers import load_teacher
-
-    # A dense encoder has no pooler and says so at length; a missing weight that matters is an error of ours.
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    student = build_student(
-        config.student, teacher_config=checked.teacher_config, init_folder=checked.init_folder, seed=config.seed
-    )
-    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
-    return student, load_teacher(checked.teacher_folder, config.teacher, dtype=dtype)
-
-
-def describe(config: RunConfig, checked: Checked, student: Any, teacher: Any) -> dict[str, dict[str, Any]]:
-    """Sizes of student and teacher, as run.json and the report show them."""
-    from transformers import AutoConfig, AutoModel
-
-    from pipeline.models.sizes import linear_macs, num_parameters
-
-    length = checked.shards.manifest.length
-    served = student.served_model()
-    import torch
-
-    # The teacher was cut at its relation layer; its size is that of the whole model.
-    with torch.device("meta"):
-        whole = AutoModel.from_config(
-            AutoConfig.from_pretrained(checked.teacher_folder, trust_remote_code=config.teacher.trust_remote_code)
-        )
-    return {
-        "student": {
-            "name": config.student.architecture,
-            "parameters_training": num_parameters(student),
-            "parameters_served": num_parameters(served),
-            "linear_macs_per_sequence": linear_macs(served, length),
-            "sequence_length": length,
-        },
-        "teacher": {
-            "name": config.teacher.model,
-            "parameters_served": num_parameters(whole),
-            "linear_macs_per_sequence": linear_macs(whole.encoder, length),
-            "sequence_length": length,
-        },
-    }
 
 
 @dataclass
@@ -256,6 +183,8 @@ def distill(config: RunConfig, checked: Checked) -> int:
     student, teacher = build_models(config, checked)
     teacher.to(ranks.device)
     sizes = describe(config, checked, student, teacher)
+    if ranks.rank == 0:
+        require_resources(config, checked, student, teacher, ranks.world_size)
     record = {"config": asdict(config), "data_fingerprint": checked.shards.manifest.fingerprint, **sizes}
     torch.manual_seed(config.seed * 1_000_003 + ranks.rank)
     engine = start_engine(student, config, ranks)

@@ -1,14 +1,17 @@
 """Finds what is wrong with a run before anything heavy is imported."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from data_prep.errors import ConfigError, DataError
+from data_prep.errors import CapgapError, ConfigError, DataError
 from data_prep.files import read_json
 from data_prep.model_folders import find_model_folder, read_model_config
 from data_prep.shards import ShardSet, folder_vocabulary, open_shards, tokenizer_hash
 from pipeline.config import RunConfig, changed_keys, load_ds_config
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -24,33 +27,74 @@ class Checked:
     num_steps: int
 
 
+class Problems:
+    """Collects what is wrong, so that a user hears of everything at once."""
+
+    def __init__(self) -> None:
+        self.found: list[CapgapError] = []
+
+    def none_in(self, check: Callable[..., Result], *args: Any, **kwargs: Any) -> Result | None:
+        """The result of check(*args), or None when it found a problem."""
+        try:
+            return check(*args, **kwargs)
+        except CapgapError as error:
+            self.found.append(error)
+            return None
+
+    def raise_if_any(self) -> None:
+        if len(self.found) == 1:
+            raise self.found[0]
+        if self.found:
+            listed = "".join(f"\n  {number}. {problem}" for number, problem in enumerate(self.found, 1))
+            raise type(self.found[0])(f"{len(self.found)} problems:{listed}")
+
+
 def check_run(config: RunConfig, world_size: int) -> Checked:
-    """Everything that can be known without torch, in the order in which a user would want to hear it."""
-    settings = load_ds_config(config.engine.ds_config)
-    accumulation = config.batch.accumulation_steps(world_size)
-    shards = open_shards(config.data.shards)
-    if shards.manifest.rows != "bert-pairs":
-        raise DataError(
-            f"data.shards: {config.data.shards} holds rows of kind {shards.manifest.rows} - relation distillation "
-            "reads bert-pairs - prepare them with --rows bert-pairs"
-        )
-    num_steps = config.num_steps(len(shards))
-    check_trust(config)
-    teacher_folder = find_model_folder(config.teacher.model, revision=config.teacher.revision)
-    teacher_config = read_model_config(teacher_folder)
-    check_vocabulary(shards, teacher_folder)
-    check_relation_heads(config, teacher_config)
-    if shards.manifest.length > teacher_config.get("max_position_embeddings", shards.manifest.length):
-        raise DataError(
-            f"data.shards: rows of {shards.manifest.length} tokens, but the teacher has "
-            f"{teacher_config['max_position_embeddings']} positions - prepare shorter rows with --length"
-        )
+    """Everything that can be known without torch; one error names every problem, in the order of the recipe."""
+    problems = Problems()
+    check = problems.none_in
+    shards = check(open_bert_pairs, config.data.shards)
+    num_steps = check(config.num_steps, len(shards)) if shards else None
+    check(check_trust, config)
+    teacher_folder = check(find_model_folder, config.teacher.model, revision=config.teacher.revision)
+    teacher_config = check(read_model_config, teacher_folder) if teacher_folder else None
+    if shards and teacher_folder:
+        check(check_vocabulary, shards, teacher_folder)
+    if teacher_config:
+        check(check_relation_heads, config, teacher_config)
+    if shards and teacher_config:
+        check(check_length, shards, teacher_config)
     source = config.student.init_from
-    init_folder = teacher_folder if source == "teacher" else find_model_folder(source) if source else None
-    check_init_layers(config, init_folder)
-    check_same_run(config, shards)
+    init_folder = teacher_folder if source == "teacher" else check(find_model_folder, source) if source else None
+    if source is None or init_folder:
+        check(check_init_layers, config, init_folder)
+    accumulation = check(config.batch.accumulation_steps, world_size)
+    settings = check(load_ds_config, config.engine.ds_config)
+    if shards:
+        check(check_same_run, config, shards)
+    problems.raise_if_any()
+    assert shards and teacher_folder and teacher_config and accumulation and num_steps and settings is not None
     stage = int(settings.get("zero_optimization", {}).get("stage", 0))
     return Checked(shards, teacher_folder, teacher_config, init_folder, stage, accumulation, num_steps)
+
+
+def open_bert_pairs(folder: str) -> ShardSet:
+    shards = open_shards(folder)
+    if shards.manifest.rows != "bert-pairs":
+        raise DataError(
+            f"data.shards: {folder} holds rows of kind {shards.manifest.rows} - relation distillation reads "
+            "bert-pairs - prepare them with --rows bert-pairs"
+        )
+    return shards
+
+
+def check_length(shards: ShardSet, teacher_config: dict[str, Any]) -> None:
+    positions = teacher_config.get("max_position_embeddings")
+    if positions is not None and shards.manifest.length > positions:
+        raise DataError(
+            f"data.shards: rows of {shards.manifest.length} tokens, but the teacher has {positions} positions - "
+            "prepare shorter rows with --length"
+        )
 
 
 def check_trust(config: RunConfig) -> None:

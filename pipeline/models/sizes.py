@@ -1,6 +1,6 @@
 """Counts parameters, multiply-accumulates and bytes of a run before it starts."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from torch import nn
 
@@ -42,6 +42,15 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         return self.weights + self.gradients + self.optimizer + self.activations + self.teacher
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size / 2**20:.0f}" for name, size in asdict(self).items())
+        return f"{self.total / 2**20:.0f} MiB ({parts})"
+
+
+def checkpoint_bytes(student: nn.Module) -> int:
+    """Bytes of one checkpoint over all ranks: weights, their float32 master copy and two moments."""
+    return 16 * num_parameters(student)
 
 
 def estimate_memory(

@@ -1,0 +1,110 @@
+"""Builds the models of a run and says what the run will need."""
+
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import ConfigError
+from data_prep.files import require_free_space
+from pipeline.config import RunConfig
+from pipeline.preflight import Checked
+
+
+def print_plan(config: RunConfig, checked: Checked, world_size: int) -> None:
+    """Prints the resolved config, sizes, tokens per step and the memory estimate."""
+    from omegaconf import OmegaConf
+
+    from pipeline.models.sizes import checkpoint_bytes, estimate_memory
+
+    print(OmegaConf.to_yaml(OmegaConf.structured(config)).rstrip())
+    student, teacher = build_models(config, checked)
+    length = checked.shards.manifest.length
+    for name, sizes in describe(config, checked, student, teacher).items():
+        print(f"{name}: {sizes}")
+    per_step = config.batch.global_size * length
+    print(
+        f"steps: {checked.num_steps}, each {config.batch.global_size} rows x {length} = {per_step} tokens "
+        f"({per_step * checked.shards.manifest.utilisation:.0f} valid), {world_size} ranks x "
+        f"{checked.accumulation_steps} accumulation steps x {config.batch.micro_size} rows"
+    )
+    memory = estimate_memory(
+        student, teacher.encoder, config, zero_stage=checked.zero_stage, world_size=world_size, length=length
+    )
+    print(f"memory per rank (estimate): {memory}")
+    print(f"disk per checkpoint (estimate): {checkpoint_bytes(student) / 2**20:.0f} MiB")
+
+
+def build_models(config: RunConfig, checked: Checked) -> tuple[Any, Any]:
+    """The student with its first weights and the frozen teacher, on the CPU."""
+    import torch
+    import transformers
+
+    from pipeline.models.students import build_student
+    from pipeline.models.teachers import load_teacher
+
+    # A dense encoder has no pooler and says so at length; a missing weight that matters is an error of ours.
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    student = build_student(
+        config.student, teacher_config=checked.teacher_config, init_folder=checked.init_folder, seed=config.seed
+    )
+    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    return student, load_teacher(checked.teacher_folder, config.teacher, dtype=dtype)
+
+
+def describe(config: RunConfig, checked: Checked, student: Any, teacher: Any) -> dict[str, dict[str, Any]]:
+    """Sizes of student and teacher, as run.json and the report show them."""
+    from transformers import AutoConfig, AutoModel
+
+    from pipeline.models.sizes import linear_macs, num_parameters
+
+    length = checked.shards.manifest.length
+    served = student.served_model()
+    import torch
+
+    # The teacher was cut at its relation layer; its size is that of the whole model.
+    with torch.device("meta"):
+        whole = AutoModel.from_config(
+            AutoConfig.from_pretrained(checked.teacher_folder, trust_remote_code=config.teacher.trust_remote_code)
+        )
+    return {
+        "student": {
+            "name": config.student.architecture,
+            "parameters_training": num_parameters(student),
+            "parameters_served": num_parameters(served),
+            "linear_macs_per_sequence": linear_macs(served, length),
+            "sequence_length": length,
+        },
+        "teacher": {
+            "name": config.teacher.model,
+            "parameters_served": num_parameters(whole),
+            "linear_macs_per_sequence": linear_macs(whole.encoder, length),
+            "sequence_length": length,
+        },
+    }
+
+
+def require_resources(config: RunConfig, checked: Checked, student: Any, teacher: Any, world_size: int) -> None:
+    """Refuses a run that cannot fit: memory of this machine's ranks, and disk for two checkpoints."""
+    import psutil
+    import torch
+
+    from pipeline.models.sizes import checkpoint_bytes, estimate_memory
+
+    require_free_space(Path(config.out), 2 * checkpoint_bytes(student))
+    need = estimate_memory(
+        student,
+        teacher.encoder,
+        config,
+        zero_stage=checked.zero_stage,
+        world_size=world_size,
+        length=checked.shards.manifest.length,
+    )
+    on_gpu = torch.cuda.is_available()
+    free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
+    if need.total > free:
+        raise ConfigError(
+            f"batch.micro_size ({config.batch.micro_size}): a rank needs about {need}, "
+            f"{free / 2**20:.0f} MiB are free - "
+            "in this order: halve batch.micro_size, set engine.activation_checkpointing true, "
+            "use engine.ds_config ds_configs/zero2.json"
+        )
