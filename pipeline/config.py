@@ -178,6 +178,8 @@ class EngineConfig:
 
     ds_config: str = "ds_configs/zero1.json"
     """DeepSpeed JSON with ZeRO, offload and communication settings; nothing that this schema already says."""
+    expert_parallel_size: int = 1
+    """Ranks that share the experts of a layer; divides experts and ranks. 1 keeps every expert on every rank."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Arithmetic of student and teacher; bf16 keeps fp32 master weights and gradient sums."""
     activation_checkpointing: bool = False
@@ -262,8 +264,18 @@ class RunConfig:
         return max(1, int(num_rows * self.epochs) // self.batch.global_size)
 
 
-# Keys that may change between the runs of one output folder, because no number of the run depends on them.
-SAFE_TO_CHANGE = ("log.", "checkpoint.", "engine.timeout_minutes", "out")
+# Keys that may change between the runs of one output folder: they say how the work is cut and watched, not what is
+# computed (the order of sums and the draws of dropout and jitter change with the cut).
+SAFE_TO_CHANGE = (
+    "log.",
+    "checkpoint.",
+    "engine.timeout_minutes",
+    "engine.ds_config",
+    "engine.expert_parallel_size",
+    "engine.activation_checkpointing",
+    "batch.micro_size",
+    "out",
+)
 
 
 def load_run_config(path: str | Path, overrides: list[str]) -> RunConfig:
@@ -450,14 +462,13 @@ def _first_line(error: BaseException) -> str:
 # Top-level keys of a DeepSpeed 0.19 config. DeepSpeed itself ignores what it does not know: a misspelt
 # `zero_optimization` trains at stage 0 without a word.
 DS_CONFIG_KEYS = frozenset(
-    """activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comms_logger communication_data_type
-    compile compression_training csv_monitor curriculum_learning data_efficiency data_types dataloader_drop_last
-    disable_allgather dump_state elasticity expert_parallel flops_profiler fp16 gradient_accumulation_dtype
-    gradient_accumulation_steps gradient_clipping gradient_predivide_factor graph_harvesting
-    load_universal_checkpoint memory_breakdown monitor_config nebula optimizer pipeline prescale_gradients
-    progressive_layer_drop quantize_training scheduler seq_parallel_communication_data_type sparse_attention
-    sparse_gradients steps_per_print tensor_parallel tensorboard timers torch_autocast train_batch_size
-    train_micro_batch_size_per_gpu use_data_before_expert_parallelism wall_clock_breakdown wandb
+    """activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger communication_data_type
+    compile csv_monitor data_efficiency data_types dataloader_drop_last disable_allgather disable_python_gc
+    dump_state expert_parallel flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op
+    gradient_clipping gradient_predivide_factor hybrid_engine log_level managed_gradient_accumulation
+    memory_breakdown optimizer pipeline prescale_gradients scheduler seq_parallel_communication_data_type
+    sequence_parallel_size steps_per_print tensor_parallel tensorboard timers torch_autocast train_batch_size
+    train_micro_batch_size_per_gpu use_data_before_expert_parallelism vocabulary_size wall_clock_breakdown wandb
     weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
     """.split()
 )
@@ -472,9 +483,10 @@ DS_CONFIG_OWNED = {
     "bf16": "engine.precision",
     "bfloat16": "engine.precision",
     "fp16": "engine.precision",
-    "amp": "engine.precision",
     "tensorboard": "log.*",
-    "load_universal_checkpoint": "the trainer",
+    # The trainer scales losses itself and calls step() after every micro-batch.
+    "gradient_allreduce_op": "batch.*",
+    "managed_gradient_accumulation": "batch.*",
 }
 
 
