@@ -153,12 +153,11 @@ class _EagerExpertMLP(torch.autograd.Function):
 
         grad_gate_NK = None
         if needs_gate:
-            wide = gate_NK.dtype
             grad_gate_M = gate_NK.new_zeros(num_slots)
-            grad_gate_M[slot_V] = (grad_VD.to(wide) * y_VD.to(wide)).sum(-1)
+            grad_gate_M[slot_V] = (grad_VD * y_VD).sum(-1, dtype=gate_NK.dtype)
             grad_gate_NK = grad_gate_M.view_as(gate_NK)
 
-        grad_y_VD = (grad_VD * gate_V[:, None]).to(x_VD.dtype)
+        grad_y_VD = grad_VD * gate_V[:, None].to(x_VD.dtype)
         grad_x_MD = x_VD.new_empty(num_slots, x_VD.shape[1])
         grad_x_MD[num_rows:] = 0
         grad_w1_EFD = torch.zeros_like(w1_EFD) if needs_w1 else None
