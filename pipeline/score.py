@@ -33,7 +33,7 @@ class ScoreConfig:
     model: str
     """Hugging Face folder, hub name, or package:NAME for a folder inside an installed Python package."""
     tasks: tuple[str, ...]
-    """Task names, or the groups glue and ner."""
+    """Task names, or the groups glue, ner and llm."""
     data: Path
     """Folder with one folder per task, as GLUE and the NER sets are distributed (nothing is downloaded)."""
     out: Path

@@ -61,11 +61,11 @@ class ModelSource:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
-    def model(self, auto_class: Any, *, device: torch.device, **options: Any) -> nn.Module:
-        """The model in fp32 on `device`; only weights of a new head or pooler may be missing from the checkpoint."""
-        model, info = self._load(
-            auto_class, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
-        )
+    def model(
+        self, auto_class: Any, *, device: torch.device, dtype: torch.dtype = torch.float32, **options: Any
+    ) -> nn.Module:
+        """The model on `device`; only weights of a new head or pooler may be missing from the checkpoint."""
+        model, info = self._load(auto_class, dtype=dtype, use_safetensors=True, output_loading_info=True, **options)
         prefix = f"{model.base_model_prefix}."
         missing = [key for key in info["missing_keys"] if "pooler" not in key]
         # A base model's own keys have no prefix; a model with a head has a new head outside the prefix.

@@ -30,6 +30,8 @@ class EvalSettings:
     """Score on a fixed random part of this many examples; the same part for every seed and model."""
     max_malformed: int = 0
     """Rows of a task file that may be skipped (they are counted and reported) before it is refused."""
+    teacher: str | None = None
+    """The model that the task `agreement` compares with (folder, hub name or package:NAME)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the forward and backward pass; weights, optimizer and metrics stay in fp32."""
 
