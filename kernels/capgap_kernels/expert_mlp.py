@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from capgap_kernels.dispatch import backend_of
+from capgap_kernels.permutation import weighted_sum
 from capgap_kernels.reference import Routing
 
 
@@ -132,7 +133,7 @@ class _EagerExpertMLP(torch.autograd.Function):
                 _linear(x_VD[rows], w3_EFD[expert], None, out=up)
                 inner *= up
             _linear(inner, w2_EDF[expert], None if b2_ED is None else b2_ED[expert], out=y_MD[rows])
-        out_ND = _weighted_sum(y_MD, gate_NK, routing.position_NK)
+        out_ND = weighted_sum(y_MD, gate_NK, routing.position_NK)
 
         if keep_for_backward:
             ctx.save_for_backward(
@@ -191,7 +192,7 @@ class _EagerExpertMLP(torch.autograd.Function):
                     torch.mm(grad_up.t(), x_VD[rows], out=grad_w3_EFD[expert])
                 if needs_hidden:
                     grad_x_MD[rows].addmm_(grad_up, w3_EFD[expert])
-        grad_hidden_ND = _weighted_sum(grad_x_MD, None, ctx.position_NK) if needs_hidden else None
+        grad_hidden_ND = weighted_sum(grad_x_MD, None, ctx.position_NK) if needs_hidden else None
         return (
             grad_gate_NK,
             grad_hidden_ND,
@@ -317,14 +318,3 @@ def _activation_backward(grad: Tensor, pre: Tensor, activation: str) -> Tensor:
     if activation == "gelu":
         return torch.ops.aten.gelu_backward.grad_input(grad, pre, grad_input=grad)
     return torch.ops.aten.silu_backward.grad_input(grad, pre, grad_input=grad)
-
-
-def _weighted_sum(rows_MD: Tensor, gate_NK: Tensor | None, position_NK: Tensor) -> Tensor:
-    """[N, D]: each token's rows of `rows_MD`, weighted by its gates, summed in at least float32."""
-    num_tokens, top_k = position_NK.shape
-    rows_NKD = rows_MD.index_select(0, position_NK.flatten()).view(num_tokens, top_k, -1)
-    if gate_NK is None:
-        return rows_NKD[:, 0] if top_k == 1 else rows_NKD.sum(1)
-    if top_k == 1:
-        return (rows_NKD[:, 0] * gate_NK).to(rows_MD.dtype)
-    return torch.einsum("nkd,nk->nd", rows_NKD.to(gate_NK.dtype), gate_NK).to(rows_MD.dtype)

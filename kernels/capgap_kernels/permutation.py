@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from capgap_kernels import reference
 from capgap_kernels.dispatch import backend_of
 from capgap_kernels.reference import Routing
 
@@ -22,7 +21,7 @@ def permute(hidden_ND: Tensor, routing: Routing) -> Tensor:
         raise ValueError(f"hidden_ND must be [{num_tokens}, D] for this routing, got shape {tuple(hidden_ND.shape)}")
     if backend_of(hidden_ND) == "triton":
         return _TritonPermute.apply(hidden_ND, routing.position_NK, routing.offsets_E1[-1])
-    return reference.permute(hidden_ND, routing)
+    return _EagerPermute.apply(hidden_ND, routing.slot_M, routing.position_NK, int(routing.offsets_E1[-1]))
 
 
 def combine(permuted_MD: Tensor, routing: Routing) -> Tensor:
@@ -39,7 +38,76 @@ def combine(permuted_MD: Tensor, routing: Routing) -> Tensor:
         )
     if backend_of(permuted_MD) == "triton":
         return _TritonCombine.apply(permuted_MD, routing.gate_NK, routing.position_NK, routing.offsets_E1[-1])
-    return reference.combine(permuted_MD, routing)
+    return _EagerCombine.apply(
+        permuted_MD, routing.gate_NK, routing.slot_M, routing.position_NK, int(routing.offsets_E1[-1])
+    )
+
+
+def weighted_sum(rows_MD: Tensor, gate_NK: Tensor | None, position_NK: Tensor) -> Tensor:
+    """[N, D]: each token's rows of `rows_MD`, weighted by its gates where given, in eager PyTorch."""
+    num_tokens, top_k = position_NK.shape
+    rows_NKD = rows_MD.index_select(0, position_NK.flatten()).view(num_tokens, top_k, -1)
+    if gate_NK is None:
+        return rows_NKD[:, 0] if top_k == 1 else rows_NKD.sum(1)
+    if top_k == 1:
+        return (rows_NKD[:, 0] * gate_NK).to(rows_MD.dtype)
+    return torch.einsum("nkd,nk->nd", rows_NKD.to(gate_NK.dtype), gate_NK).to(rows_MD.dtype)
+
+
+def _spread(hidden_ND: Tensor, slot_M: Tensor, top_k: int, num_rows: int) -> Tensor:
+    """[M, D]: the row of every slot's token; 0 from `num_rows` on."""
+    spread_MD = hidden_ND.index_select(0, slot_M if top_k == 1 else slot_M // top_k)
+    spread_MD[num_rows:] = 0
+    return spread_MD
+
+
+def _without_padding(rows_MD: Tensor, num_rows: int) -> Tensor:
+    """The rows with 0 from `num_rows` on; the same tensor when there is no padding."""
+    if num_rows == rows_MD.shape[0]:
+        return rows_MD
+    rows_MD = rows_MD.clone()
+    rows_MD[num_rows:] = 0
+    return rows_MD
+
+
+class _EagerPermute(torch.autograd.Function):
+    """Its own backward because autograd's would add rows one by one where a gather does."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, slot_M: Tensor, position_NK: Tensor, num_rows: int) -> Tensor:
+        ctx.save_for_backward(position_NK)
+        ctx.num_rows = num_rows
+        return _spread(hidden_ND, slot_M, position_NK.shape[1], num_rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (position_NK,) = ctx.saved_tensors
+        return weighted_sum(_without_padding(grad_outputs[0], ctx.num_rows), None, position_NK), None, None, None
+
+
+class _EagerCombine(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, permuted_MD: Tensor, gate_NK: Tensor, slot_M: Tensor, position_NK: Tensor, num_rows: int
+    ) -> Tensor:
+        permuted_MD = _without_padding(permuted_MD, num_rows)
+        ctx.save_for_backward(permuted_MD, gate_NK, slot_M)
+        ctx.num_rows = num_rows
+        return weighted_sum(permuted_MD, gate_NK, position_NK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        permuted_MD, gate_NK, slot_M = ctx.saved_tensors
+        grad_MD = _spread(grad_outputs[0], slot_M, gate_NK.shape[1], ctx.num_rows)
+        grad_gate_NK = None
+        if ctx.needs_input_grad[1]:
+            grad_gate_M = torch.empty_like(gate_NK).flatten()
+            grad_gate_M[slot_M] = (grad_MD * permuted_MD).sum(-1, dtype=gate_NK.dtype)
+            grad_gate_NK = grad_gate_M.view_as(gate_NK)
+        gate_M1 = gate_NK.flatten().index_select(0, slot_M)[:, None]
+        return grad_MD.mul_(gate_M1.to(grad_MD.dtype)), grad_gate_NK, None, None, None
 
 
 class _TritonPermute(torch.autograd.Function):
