@@ -93,7 +93,12 @@ class SentenceTask:
         num_labels = 1 if self.labels is None else len(self.labels)
         losses, logits_of = tune_and_predict(
             prepared,
-            lambda: source.model(AutoModelForSequenceClassification, device=device, num_labels=num_labels),
+            lambda: source.model(
+                AutoModelForSequenceClassification,
+                device=device,
+                num_labels=num_labels,
+                **source.dropout(settings.dropout),
+            ),
             settings=settings,
             epochs=settings.epochs or self.epochs,
             unit=unit,

@@ -12,6 +12,7 @@ from data_prep.errors import CheckpointError, ConfigError
 from data_prep.model_folders import find_model_folder, read_model_config
 from pipeline.models.sizes import linear_macs, num_parameters
 
+DROPOUT_KEYS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 HASHED_SUFFIXES = (".json", ".safetensors", ".py", ".txt", ".model")
 
 
@@ -35,6 +36,11 @@ class ModelSource:
                 "read its .py files, then pass --trust-remote-code"
             )
         return ModelSource(folder, trust_remote_code)
+
+    def dropout(self, probability: float) -> dict[str, float]:
+        """The options of `model` that set dropout, under the names that this model's config has for it."""
+        config = read_model_config(self.folder)
+        return {key: probability for key in DROPOUT_KEYS if key in config}
 
     def fingerprint(self) -> str:
         """xxh3_128 over weights, configuration, tokenizer and code of the folder."""

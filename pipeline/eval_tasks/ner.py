@@ -120,7 +120,12 @@ class TokenTask:
         tags = prepared.tags
         losses, logits_of = tune_and_predict(
             prepared.prepared,
-            lambda: source.model(AutoModelForTokenClassification, device=device, num_labels=len(tags)),
+            lambda: source.model(
+                AutoModelForTokenClassification,
+                device=device,
+                num_labels=len(tags),
+                **source.dropout(settings.dropout),
+            ),
             settings=settings,
             epochs=settings.epochs or self.epochs,
             unit=unit,

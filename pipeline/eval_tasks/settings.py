@@ -22,6 +22,8 @@ class EvalSettings:
     """Share of the steps in which the learning rate rises from 0; afterwards it falls linearly to 0."""
     weight_decay: float = 0.01
     """AdamW weight decay; biases and normalisation weights have none."""
+    dropout: float = 0.1
+    """Dropout of the encoder while fine-tuning, the same for all models whatever their config says."""
     max_grad_norm: float = 1.0
     """Gradient norm above which gradients are scaled down."""
     max_train_examples: int | None = None
@@ -46,6 +48,8 @@ class EvalSettings:
         if any(rate <= 0 for rate in self.learning_rates):
             rates = " ".join(map(str, self.learning_rates))
             raise ConfigError(f"cannot score: learning_rates ({rates}) - must be above 0 - 3e-5 is usual for BERT")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"cannot score: dropout ({self.dropout}) - is a probability - give 0 to below 1")
         if not 0 <= self.warmup <= 1:
             raise ConfigError(f"cannot score: warmup ({self.warmup}) - is a share of the steps - give 0 to 1")
         if self.max_malformed < 0:
@@ -59,6 +63,7 @@ class EvalSettings:
             "max_length": self.max_length or max_length,
             "warmup": self.warmup,
             "weight_decay": self.weight_decay,
+            "dropout": self.dropout,
             "max_grad_norm": self.max_grad_norm,
             "max_train_examples": self.max_train_examples,
             "max_eval_examples": self.max_eval_examples,

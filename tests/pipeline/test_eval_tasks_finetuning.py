@@ -169,7 +169,14 @@ def test_throughput_is_the_median_of_the_counted_batches():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"batch_size": 0}, {"epochs": -1.0}, {"learning_rates": (0.0,)}, {"warmup": 2.0}, {"max_malformed": -1}],
+    [
+        {"batch_size": 0},
+        {"epochs": -1.0},
+        {"learning_rates": (0.0,)},
+        {"warmup": 2.0},
+        {"dropout": 1.0},
+        {"max_malformed": -1},
+    ],
 )
 def test_settings_that_cannot_be_are_refused_by_name(settings):
     with pytest.raises(ConfigError, match=next(iter(settings))):
