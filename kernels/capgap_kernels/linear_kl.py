@@ -31,6 +31,8 @@ Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 # tokens; a smaller one needs less memory.
 CHUNK_BYTES = {"eager": 32 * 2**20, "triton": 512 * 2**20}
 MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 16, 4096
+# Elements of the head's gradient that are multiplied in half precision at a time, on their way to float32.
+PRODUCT_ELEMENTS = {"eager": 2**22, "triton": 2**26}
 
 
 @dataclass(frozen=True)
@@ -186,55 +188,24 @@ class _LinearKL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_ND: Tensor, head_VD: Tensor, bias_V: Tensor | None, job: _Job):
-        device = hidden_ND.device
-        dtype = hidden_ND.dtype
-        # The Triton kernels compute in float32, so float64 is computed in PyTorch on a GPU too.
-        backend = "eager" if dtype == torch.float64 else backend_of(hidden_ND)
+        device, dtype = hidden_ND.device, hidden_ND.dtype
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
+        # The Triton kernels compute in float32, so float64 is computed in PyTorch on a GPU too.
+        backend = "eager" if dtype == torch.float64 else backend_of(hidden_ND)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        real = slice(job.vocab_size)
-        head_RD = head_VD[real].to(dtype)
-        bias_R = None if bias_V is None else bias_V[real].to(dtype)
-        of_hidden, of_head, of_bias = ctx.needs_input_grad[:3]
-        grad_hidden_ND = torch.zeros_like(hidden_ND) if of_hidden else None
-        grad_head_VD = torch.zeros(head_VD.shape, dtype=wide, device=device) if of_head else None
-        grad_bias_V = None if bias_V is None or not of_bias else torch.zeros(bias_V.shape, dtype=wide, device=device)
-        sums = torch.zeros(2, dtype=torch.float64, device=device)
-
-        tokens_per_chunk = CHUNK_BYTES[backend] // (job.vocab_size * dtype.itemsize)
-        tokens_per_chunk = min(max(tokens_per_chunk, MIN_CHUNK_TOKENS), MAX_CHUNK_TOKENS)
-        logits_nR = torch.empty(min(tokens_per_chunk, len(hidden_ND)), job.vocab_size, dtype=dtype, device=device)
-        teacher_logits_of = _teacher_logits_of(job, dtype, logits_nR.shape)
-        with torch.autocast(device.type, enabled=False):
-            for tokens in _chunks(job.valid_N, len(hidden_ND), tokens_per_chunk, backend):
-                hidden_nD = hidden_ND[tokens].to(dtype)
-                valid_n = None
-                if backend == "triton" and job.valid_N is not None:
-                    # Finding the valid tokens would wait for the GPU, so here padding is computed, as zeros.
-                    valid_n = job.valid_N[tokens]
-                    hidden_nD = hidden_nD.masked_fill(~valid_n[:, None], 0.0)
-                chunk_nR = logits_nR[: len(hidden_nD)]
-                _logits_into(chunk_nR, hidden_nD, head_RD, bias_R)
-                sums += _Chunk(job, tokens, valid_n, any(ctx.needs_input_grad), _module_of(backend)).losses_(
-                    chunk_nR, teacher_logits_of
-                )
-                # From here on the chunk's logits are the gradient by the logits.
-                if grad_hidden_ND is not None:
-                    grad_hidden_ND[tokens] = torch.mm(chunk_nR, head_RD).to(hidden_ND.dtype)
-                if grad_head_VD is not None:
-                    if dtype == wide:
-                        grad_head_VD[real].addmm_(chunk_nR.t(), hidden_nD)
-                    else:
-                        grad_head_VD[real] += torch.mm(chunk_nR.t(), hidden_nD)
-                if grad_bias_V is not None:
-                    grad_bias_V[real] += chunk_nR.sum(0, dtype=wide)
-        ctx.gradients = (
-            grad_hidden_ND,
-            None if grad_head_VD is None else grad_head_VD.to(head_VD.dtype),
-            None if bias_V is None or grad_bias_V is None else grad_bias_V.to(bias_V.dtype),
-        )
-        kl_sum, ce_sum = sums.to(wide).unbind()
+        gradients = [
+            torch.zeros(leaf.shape, dtype=own, device=device) if leaf is not None and needed else None
+            for leaf, own, needed in zip(
+                (hidden_ND, head_VD, bias_V), (hidden_ND.dtype, wide, wide), ctx.needs_input_grad[:3], strict=True
+            )
+        ]
+        kl_sum, ce_sum = _add_chunks(job, hidden_ND, head_VD, bias_V, *gradients, dtype=dtype, backend=backend)
+        # Only now, with the chunks' logits released: they and the head's gradient twice would be the peak.
+        ctx.gradients = [
+            None if gradient is None or leaf is None else gradient.to(leaf.dtype)
+            for gradient, leaf in zip(gradients, (hidden_ND, head_VD, bias_V), strict=True)
+        ]
         loss_sum = job.mix.kl_weight * kl_sum + job.mix.ce_weight * ce_sum
         ctx.mark_non_differentiable(kl_sum, ce_sum)
         return loss_sum, kl_sum, ce_sum
@@ -248,6 +219,51 @@ class _LinearKL(torch.autograd.Function):
         gradients = [None if gradient is None else gradient.mul_(grad_loss) for gradient in ctx.gradients]
         ctx.gradients = None
         return *gradients, None
+
+
+def _add_chunks(
+    job: _Job,
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    bias_V: Tensor | None,
+    grad_hidden_ND: Tensor | None,
+    grad_head_VD: Tensor | None,
+    grad_bias_V: Tensor | None,
+    *,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Both sums; the gradients of the weighted sum are added to those that are given."""
+    real, device = slice(job.vocab_size), hidden_ND.device
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    with_gradient = not (grad_hidden_ND is None and grad_head_VD is None and grad_bias_V is None)
+    head_RD = head_VD[real].to(dtype)
+    bias_R = None if bias_V is None else bias_V[real].to(dtype)
+    tokens_per_chunk = CHUNK_BYTES[backend] // (job.vocab_size * dtype.itemsize)
+    tokens_per_chunk = min(max(tokens_per_chunk, MIN_CHUNK_TOKENS), MAX_CHUNK_TOKENS)
+    logits_nR = torch.empty(min(tokens_per_chunk, len(hidden_ND)), job.vocab_size, dtype=dtype, device=device)
+    teacher_logits_of = _teacher_logits_of(job, dtype, logits_nR.shape)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    with torch.autocast(device.type, enabled=False):
+        for tokens in _chunks(job.valid_N, len(hidden_ND), tokens_per_chunk, backend):
+            hidden_nD, valid_n = hidden_ND[tokens].to(dtype), None
+            if backend == "triton" and job.valid_N is not None:
+                # Finding the valid tokens would wait for the GPU, so here padding is computed, as zeros.
+                valid_n = job.valid_N[tokens]
+                hidden_nD = hidden_nD.masked_fill(~valid_n[:, None], 0.0)
+            chunk_nR = logits_nR[: len(hidden_nD)]
+            _logits_into(chunk_nR, hidden_nD, head_RD, bias_R)
+            chunk = _Chunk(job, tokens, valid_n, with_gradient, _module_of(backend))
+            sums += chunk.losses_(chunk_nR, teacher_logits_of)
+            # From here on the chunk's logits are the gradient by the logits.
+            if grad_hidden_ND is not None:
+                grad_hidden_ND[tokens] = torch.mm(chunk_nR, head_RD).to(hidden_ND.dtype)
+            if grad_head_VD is not None:
+                _add_product_(grad_head_VD[real], chunk_nR, hidden_nD, PRODUCT_ELEMENTS[backend])
+            if grad_bias_V is not None:
+                grad_bias_V[real] += chunk_nR.sum(0, dtype=wide)
+    kl_sum, ce_sum = sums.to(wide).unbind()
+    return kl_sum, ce_sum
 
 
 def _module_of(backend: str) -> ModuleType:
@@ -270,6 +286,16 @@ def _logits_into(logits_nR: Tensor, hidden_nD: Tensor, head_RD: Tensor, bias_R: 
         torch.mm(hidden_nD, head_RD.t(), out=logits_nR)
     else:
         torch.addmm(bias_R, hidden_nD, head_RD.t(), out=logits_nR)
+
+
+def _add_product_(grad_RD: Tensor, by_logits_nR: Tensor, hidden_nD: Tensor, elements: int) -> None:
+    """Add by_logits.T @ hidden; a product in half precision has to exist before it can be added in float32."""
+    if grad_RD.dtype == hidden_nD.dtype:
+        grad_RD.addmm_(by_logits_nR.t(), hidden_nD)
+        return
+    size = max(1, elements // hidden_nD.shape[1])
+    for grad_rD, by_logits_nr in zip(grad_RD.split(size), by_logits_nR.split(size, dim=1), strict=True):
+        grad_rD.add_(torch.mm(by_logits_nr.t(), hidden_nD))
 
 
 def _teacher_logits_of(job: _Job, dtype: torch.dtype, shape: torch.Size):

@@ -129,7 +129,7 @@ class _TritonRelationKL(torch.autograd.Function):
         student, teacher, kept = saved[:3], saved[3:6], saved[6:]
         upstream = (grad_output * ctx.scale).float()
         gradients = [
-            relation_kl_triton.backward(student[i], teacher[i], valid_BT, *kept[2 * i : 2 * i + 2], upstream)
+            relation_kl_triton.backward(student[i], teacher[i], valid_BT, kept[2 * i], kept[2 * i + 1], upstream)
             if ctx.needs_input_grad[2 + i]
             else None
             for i in range(3)
