@@ -70,8 +70,9 @@ class HangWatch:
     """Ends a rank that has made no progress for `timeout` seconds, naming the ranks that did not arrive.
 
     Each rank notes in the shared store that it has arrived at a step, just before the collective that waits for all.
-    When a collective does not come back, the rank that has not noted the step is the slow one. A thread watches, so it
-    works while the main thread waits inside a collective.
+    When a collective does not come back, the rank that has not noted the step is the slow one; if all have, it is the
+    one whose watching thread counts no further (a stopped process, a lost node). A thread watches, so it works while
+    the main thread waits inside a collective.
     """
 
     def __init__(self, store: Any, *, rank: int, world_size: int, timeout: float, on_hang: Callable[[], None]):
@@ -92,10 +93,13 @@ class HangWatch:
         self._closed.set()
 
     def _watch(self) -> None:
+        pulse = 0
         while not self._closed.wait(min(1.0, self._timeout / 10)):
+            pulse += 1
+            if self._world_size > 1 and not self._set_pulse(pulse):
+                return  # The store went away with rank 0, whose end the launcher has noticed.
             if time.monotonic() - self._beat > self._timeout:
-                late = [rank for rank in range(self._world_size) if self._last_seen(rank) < self._step]
-                who = f"rank {', '.join(map(str, late))} did not arrive" if late else "every rank arrived"
+                who = self._who_is_missing()
                 print(
                     f"error: rank {self._rank}: no progress for {self._timeout:.0f} s at step {self._step}: {who} - "
                     "its node may be down or its file system stuck; stacks of this rank follow - "
@@ -107,12 +111,31 @@ class HangWatch:
                 self._on_hang()
                 return
 
-    def _last_seen(self, rank: int) -> int:
+    def _set_pulse(self, pulse: int) -> bool:
+        try:
+            self._store.set(f"pulse/{self._rank}", str(pulse))
+            return True
+        except RuntimeError:
+            return time.monotonic() - self._beat > self._timeout / 2
+
+    def _who_is_missing(self) -> str:
+        others = [rank for rank in range(self._world_size) if rank != self._rank]
+        late = [rank for rank in others if self._read("arrived", rank) < self._step]
+        if late:
+            return f"rank {', '.join(map(str, late))} did not arrive"
+        before = [self._read("pulse", rank) for rank in others]
+        time.sleep(3)
+        still = [rank for rank, pulse in zip(others, before, strict=True) if self._read("pulse", rank) == pulse]
+        if still:
+            return f"rank {', '.join(map(str, still))} stopped inside the step"
+        return "every rank is alive and arrived, so a collective between them is stuck"
+
+    def _read(self, what: str, rank: int) -> int:
         answer: list[int] = []
 
         def ask() -> None:
             try:
-                answer.append(int(self._store.get(f"arrived/{rank}")))
+                answer.append(int(self._store.get(f"{what}/{rank}")))
             except Exception:  # The store lives in rank 0, which may be the one that is gone.
                 answer.append(-1)
 

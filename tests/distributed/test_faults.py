@@ -6,6 +6,7 @@ import time
 
 import psutil
 import pytest
+
 from launching import PROJECT, distill, distill_command, exported_weights, json_lines, numbers_of, started, wait_for
 
 
@@ -24,7 +25,7 @@ def is_rank(process: psutil.Process) -> bool:
 
 @pytest.fixture
 def poisoned_teacher(tmp_path, teacher_folder, shards_folder):
-    """The tiny teacher with a NaN in the embedding of one word, and the steps of 16 samples in which that word stands."""
+    """The tiny teacher with a NaN in the embedding of one word, and the step of 16 samples in which that word stands."""
     import shutil
 
     import numpy as np
@@ -50,7 +51,9 @@ def poisoned_teacher(tmp_path, teacher_folder, shards_folder):
     return folder, steps
 
 
-@pytest.mark.parametrize(("ranks", "flags"), [(2, ("zero1", "fp32")), (2, ("zero2", "bf16")), (None, ("zero0", "fp32"))])
+@pytest.mark.parametrize(
+    ("ranks", "flags"), [(2, ("zero1", "fp32")), (2, ("zero2", "bf16")), (None, ("zero0", "fp32"))]
+)
 def test_a_nan_skips_one_update_on_all_ranks_and_is_named(recipe, poisoned_teacher, ranks, flags):
     teacher, (bad_step,) = poisoned_teacher
     run = recipe.parent / "run"
@@ -87,8 +90,10 @@ def test_a_stuck_rank_is_named_and_the_run_ends(recipe):
         stuck.send_signal(signal.SIGSTOP)
         began = time.monotonic()
         output, _ = process.communicate(timeout=60)
-        assert time.monotonic() - began < 9 + 2 + 10 + 30  # timeout, grace, and 30 s that the launcher waits for a rank
-    assert "rank 1 did not arrive" in output, output
+        assert (
+            time.monotonic() - began < 9 + 10 + 30
+        )  # the timeout, ours, and the 30 s that the launcher waits for a rank
+    assert "rank 1 did not arrive" in output or "rank 1 stopped inside the step" in output, output
     assert process.returncode != 0
 
 
