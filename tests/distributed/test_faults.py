@@ -25,7 +25,7 @@ def is_rank(process: psutil.Process) -> bool:
 
 @pytest.fixture
 def poisoned_teacher(tmp_path, teacher_folder, shards_folder):
-    """The tiny teacher with a NaN in the embedding of one word, and the step of 16 samples in which that word stands."""
+    """The tiny teacher with a NaN in the embedding of a word, and the step of 16 samples in which it stands."""
     import shutil
 
     import numpy as np

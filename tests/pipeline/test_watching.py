@@ -19,7 +19,8 @@ def test_a_collapse_is_told_once_and_a_healthy_router_never():
     alarms = Alarms()
     told = []
     for step in range(50):
-        values = {"train/loss": 1.0, "router/layers.0.moe/effective_share": 0.3, "router/layers.1.moe/effective_share": 0.9}
+        shares = {"router/layers.0.moe/effective_share": 0.3, "router/layers.1.moe/effective_share": 0.9}
+        values = {"train/loss": 1.0, **shares}
         told += alarms.notices(step, values)
     assert len(told) == 1 and "layers.0.moe is collapsing" in told[0] and f"step {COLLAPSED_LOGS - 1}" in told[0]
     assert alarms.collapsed == ["router/layers.0.moe"]
