@@ -1,5 +1,7 @@
 """Gives a student its first weights from a BERT-family model, and one feed-forward layer's neurons to experts."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import BertModel
@@ -47,7 +49,7 @@ def fill_minimoe(student: MiniMoEModel, source: BertModel, config: StudentConfig
     """Turns a dense encoder into MiniMoE: everything is copied, each feed-forward layer becomes experts."""
     dense = dict(source.state_dict())
 
-    def take(target: Tensor, name: str) -> None:
+    def take(target: Any, name: str) -> None:
         target.copy_(dense[name])
 
     for part in ("word", "position", "token_type"):
