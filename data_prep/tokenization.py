@@ -33,9 +33,18 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
+END, CUT = "\x01", "\x00"  # control characters do not occur in cleaned text
+METASPACE = "\u2581"
+IRREGULAR_SPACE = re.compile(rf"\s\s|\A\s|\s\Z|[{END}{CUT}{METASPACE}]")
+# The pre-tokenizers of Llama 3 and of Qwen 2 and its successors; GPT-2's is built into ByteLevel.
+SPLIT_AT_SPACES = {
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+    + digits
+    + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    for digits in (r"\p{N}{1,3}", r"\p{N}")
+}
 SAMPLE_CHARACTERS = 200_000  # of text on which an engine must equal the reference
 MEMO_ENTRIES = 400_000  # about 100 MB
-MEMO_CHARACTERS = 40  # longer pieces hardly repeat
 
 
 class Tokens(NamedTuple):
@@ -245,47 +254,155 @@ def _tokens(lists: Sequence[Sequence[int]], dtype: np.dtype) -> Tokens:
     return Tokens(np.fromiter(chain.from_iterable(lists), dtype, int(offsets[-1])), offsets)
 
 
+@dataclass(frozen=True)
+class MemoScheme:
+    """How a kind of tokenizer treats spaces, which is what makes a memo of words exact; see `memo_scheme`."""
+
+    kind: Literal["bert", "metaspace", "byte-level"]
+    separator: tuple[str, int] | None = None  # a special token that can stand between words encoded together
+
+
+class Numbering(dict[str, int]):
+    """Numbers new keys as they are looked up; `new` are those that came since it was last emptied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.new: list[str] = []
+
+    def __missing__(self, key: str) -> int:
+        number = self[key] = len(self)
+        self.new.append(key)
+        return number
+
+
 class MemoEngine:
     """The reference with an exact memory of what stands between two spaces.
 
-    Right for tokenizers that never join text across a space: see `memo_is_exact`.
+    Right for tokenizers that never join text across a space, see `memo_scheme`. A text that the scheme does not cover
+    (spaces in a row, for all but BERT) goes to the reference as a whole. Only the look-up of a piece's number is done
+    piece by piece; the ids are gathered by number, all at once.
     """
 
     name = "memo"
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, scheme: MemoScheme):
+        self._reference = ReferenceEngine(tokenizer)
         self._tokenizer = tokenizer
+        self._scheme = scheme
         self._dtype = id_dtype(tokenizer.get_vocab_size())
-        self._memo: dict[str, tuple[int, ...]] = {"": ()}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._numbers = Numbering()
+        self._ids = np.zeros(0, self._dtype)  # of all pieces, by number, end to end
+        self._counts = np.zeros(0, np.int64)
+        self._end = self._numbers[END]  # stands between two texts and has no ids
 
     def encode(self, texts: Sequence[str]) -> Tokens:
-        split = [text.split(" ") for text in texts]
-        memo = self._memo
-        missing = list(set(chain.from_iterable(split)).difference(memo))
-        if missing:
-            # sorted: a set's order is not the same in every process, the memo's content should be
-            encodings = self._tokenizer.encode_batch_fast(missing, add_special_tokens=False)
-            if len(memo) + len(missing) > MEMO_ENTRIES:
-                memo = self._memo = {"": ()}
-                missing = list(set(chain.from_iterable(split)).difference(memo))
-                encodings = self._tokenizer.encode_batch_fast(missing, add_special_tokens=False)
-            memo.update(zip(missing, [tuple(encoding.ids) for encoding in encodings], strict=True))
-        look_up = memo.__getitem__
-        return _tokens([list(chain.from_iterable(map(look_up, words))) for words in split], self._dtype)
+        if not texts:
+            return _tokens([], self._dtype)
+        if self._scheme.kind == "bert":
+            # BERT cuts at punctuation too: fewer different pieces.
+            joined = f" {END} ".join(texts).replace("\n", " ").replace(", ", " , ").replace(". ", " . ")
+            pieces = joined.split(" ")
+        else:
+            if any(map(IRREGULAR_SPACE.search, texts)):
+                return self._encode_mixed(texts)
+            joined = f"{CUT}{END}{CUT}".join(texts)
+            # metaspace: a word alone gets the mark that it gets after a space; byte level: the space is the word's
+            pieces = joined.replace(" ", CUT if self._scheme.kind == "metaspace" else f"{CUT} ").split(CUT)
+        if len(self._numbers) > MEMO_ENTRIES:
+            self._forget()
+        numbers = np.fromiter(map(self._numbers.__getitem__, pieces), np.int32, len(pieces))
+        self._learn()
+        counts = self._counts[numbers]
+        before = np.cumsum(counts) - counts
+        starts = np.cumsum(self._counts) - self._counts
+        source = np.repeat(starts[numbers] - before, counts)
+        source += np.arange(len(source))
+        offsets = np.concatenate([[0], before[numbers == self._end], [len(source)]])
+        if len(offsets) != len(texts) + 1:  # a text holds our own END
+            return self._reference.encode(texts)
+        return Tokens(self._ids[source], offsets)
+
+    def _encode_mixed(self, texts: Sequence[str]) -> Tokens:
+        """Irregular texts by the reference, the others from memory."""
+        irregular = {index for index, text in enumerate(texts) if IRREGULAR_SPACE.search(text)}
+        regular = [index for index in range(len(texts)) if index not in irregular]
+        lists: list[np.ndarray] = [np.zeros(0, self._dtype)] * len(texts)
+        for engine, indices in ((self._reference, sorted(irregular)), (self, regular)):
+            encoded = engine.encode([texts[index] for index in indices])
+            for position, index in enumerate(indices):
+                lists[index] = encoded.ids[encoded.offsets[position] : encoded.offsets[position + 1]]
+        return Tokens(np.concatenate(lists), np.concatenate([[0], np.cumsum([len(ids) for ids in lists])]))
+
+    def _learn(self) -> None:
+        """Encodes the pieces that have a number but no ids yet."""
+        pieces, self._numbers.new = self._numbers.new, []
+        lists: list[Sequence[int]] = []
+        if self._scheme.separator is None:
+            encodings = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+            lists = [encoding.ids if piece != END else () for piece, encoding in zip(pieces, encodings, strict=True)]
+        else:
+            # A call per piece costs more than the piece: many go as one text, with a special token between them.
+            mark, mark_id = self._scheme.separator
+            written = [piece.replace(mark, "") for piece in pieces]
+            self._tokenizer.encode_special_tokens = False
+            batches = [mark.join(written[start : start + 256]) for start in range(0, len(written), 256)]
+            for encoding in self._tokenizer.encode_batch_fast(batches, add_special_tokens=False):
+                ids = encoding.ids
+                cuts = [index for index, token in enumerate(ids) if token == mark_id]
+                lists += [
+                    ids[start:cut] for start, cut in zip([0, *(c + 1 for c in cuts)], [*cuts, len(ids)], strict=True)
+                ]
+            self._tokenizer.encode_special_tokens = True
+            for index, piece in enumerate(pieces):
+                if mark in piece:
+                    lists[index] = self._tokenizer.encode(piece, add_special_tokens=False).ids
+                elif piece == END:
+                    lists[index] = ()
+        learnt = _tokens(lists, self._dtype)
+        self._ids = np.concatenate([self._ids, learnt.ids])
+        self._counts = np.concatenate([self._counts, learnt.counts])
 
 
-def memo_is_exact(tokenizer: Any) -> bool:
-    """Whether encoding the pieces between spaces one by one gives the ids of the whole, by the tokenizer's make.
+def memo_scheme(tokenizer: Any) -> MemoScheme | None:
+    """How to cut text at spaces without changing an id, or None where nothing proves that.
 
-    BERT: the normaliser works character by character and the pre-tokenizer splits at every space.
+    BERT: the normaliser works character by character and the pre-tokenizer splits at every space. Llama's kind: every
+    space becomes the mark that a word alone gets, and no merge joins anything to a mark that follows it. GPT-2's kind:
+    the pre-tokenizer begins a new piece at every single space.
     """
     made = json.loads(tokenizer.to_str())
-    return (
-        (made["normalizer"] or {}).get("type") == "BertNormalizer"
-        and (made["pre_tokenizer"] or {}).get("type") == "BertPreTokenizer"
-        and made["model"]["type"] == "WordPiece"
-        and all(token["special"] for token in made["added_tokens"])
+    normalizer, pre_tokenizer, model = made["normalizer"] or {}, made["pre_tokenizer"] or {}, made["model"]
+    if not all(token["special"] for token in made["added_tokens"]):
+        return None
+    if normalizer.get("type") == "BertNormalizer" and pre_tokenizer.get("type") == "BertPreTokenizer":
+        plain = (
+            t for t in made["added_tokens"] if not (t["single_word"] or t["lstrip"] or t["rstrip"] or t["normalized"])
+        )
+        token = next(plain, None)
+        return MemoScheme("bert", (token["content"], token["id"]) if token else None)
+    if model["type"] != "BPE":
+        return None
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": METASPACE}
+    prepend = {"type": "Prepend", "prepend": METASPACE}
+    by_normalizer = not pre_tokenizer and normalizer.get("normalizers") == [prepend, replace]
+    by_pre_tokenizer = (
+        not normalizer and pre_tokenizer.get("type") == "Metaspace" and pre_tokenizer.get("prepend_scheme") != "never"
     )
+    if by_normalizer or by_pre_tokenizer:
+        inner_mark = re.compile(f"[^{METASPACE}]{METASPACE}")
+        return None if any(map(inner_mark.search, model["vocab"])) else MemoScheme("metaspace")
+    if normalizer and normalizer.get("type") != "NFC":
+        return None
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    if steps[-1].get("type") != "ByteLevel" or steps[-1].get("add_prefix_space"):
+        return None
+    patterns = [step.get("pattern", {}).get("Regex") for step in steps[:-1]]
+    if (not patterns and steps[-1].get("use_regex")) or (len(patterns) == 1 and patterns[0] in SPLIT_AT_SPACES):
+        return MemoScheme("byte-level")
+    return None
 
 
 class NanotokenEngine:
@@ -364,9 +481,10 @@ def make_engine(wanted: EngineName, folder: Path, sample: Sequence[str]) -> tupl
         return reference, ""
     engine: Engine
     if wanted == "memo":
-        if not memo_is_exact(tokenizer):
+        scheme = memo_scheme(tokenizer)
+        if scheme is None:
             return reference, "memo is not exact by construction for this tokenizer: using huggingface"
-        engine = MemoEngine(tokenizer)
+        engine = MemoEngine(tokenizer, scheme)
     else:
         try:
             engine = (NanotokenEngine if wanted == "nanotoken" else GigatokenEngine)(folder, tokenizer)
