@@ -47,4 +47,6 @@ def _abbreviated(text: str, start: int, stop: int) -> bool:
     word = text[text.rfind(" ", start, stop) + 1 : stop].lstrip("([\"'“‘«")
     if word == "I":
         return False
+    if word == "I":
+        return False
     return all(len(part) == 1 and part.isalpha() for part in word.split(".")) or word.lower() in ABBREVIATIONS
