@@ -17,7 +17,12 @@ _said: set[tuple[str, Backend]] = set()
 
 
 def backend_of(tensor: torch.Tensor) -> Backend:
-    """The implementation for kernels whose first argument is `tensor`; said once per device type in the log."""
+    """The implementation for kernels whose first argument is `tensor`; said once per device type in the log.
+
+    Triton for CUDA tensors, but eager for float64, which the Triton kernels do not compute in.
+    """
+    if tensor.dtype == torch.float64:
+        return "eager"
     forced = _forced.get()
     if forced is not None:
         return forced
@@ -25,7 +30,7 @@ def backend_of(tensor: torch.Tensor) -> Backend:
     said = (tensor.device.type, backend)
     if said not in _said:
         _said.add(said)
-        log.info("capgap_kernels: %s tensors run the %s kernels", *said)
+        log.info("capgap_kernels: %s tensors run the %s kernels; float64 always runs eager", *said)
     return backend
 
 

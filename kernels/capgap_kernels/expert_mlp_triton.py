@@ -124,7 +124,9 @@ def _rows_of_tile(
     return group.to(tl.int64), first_row.to(tl.int64), first_row + tl.arange(0, BLOCK_M) < stop
 
 
-@triton.autotune(configs=WIDE_EPILOGUE_CONFIGS, key=["D", "F", "GATED", "KEEP"], prune_configs_by=PRUNE)
+@triton.autotune(
+    configs=WIDE_EPILOGUE_CONFIGS, key=["D", "F", "GATED", "KEEP"], prune_configs_by=PRUNE, cache_results=True
+)
 @triton.jit
 def expand_kernel(
     hidden_ptr,  # [N, D]
@@ -237,7 +239,7 @@ def _add_product(
     return sum_MN
 
 
-@triton.autotune(configs=ROW_CONFIGS, key=["C", "W", "TWO"], prune_configs_by=PRUNE)
+@triton.autotune(configs=ROW_CONFIGS, key=["C", "W", "TWO"], prune_configs_by=PRUNE, cache_results=True)
 @triton.jit
 def contract_kernel(
     a_ptr,  # [M, C] contiguous
@@ -318,7 +320,7 @@ def contract_kernel(
     tl.store(out_ptr + address_MN, sum_MN.to(out_ptr.dtype.element_ty), mask=inside_MN)
 
 
-@triton.autotune(configs=WIDE_EPILOGUE_CONFIGS, key=["D", "F", "GATED"], prune_configs_by=PRUNE)
+@triton.autotune(configs=WIDE_EPILOGUE_CONFIGS, key=["D", "F", "GATED"], prune_configs_by=PRUNE, cache_results=True)
 @triton.jit
 def expand_backward_kernel(
     grad_ptr,  # [N, D]: upstream gradient
@@ -452,7 +454,9 @@ def gate_gradient_kernel(
         tl.store(grad_gate_ptr + slot_N, sum_N, mask=inside_N)
 
 
-@triton.autotune(configs=WEIGHT_CONFIGS, key=["I", "J", "SPLITS", "GATHER_P", "GATHER_Q"], prune_configs_by=PRUNE)
+@triton.autotune(
+    configs=WEIGHT_CONFIGS, key=["I", "J", "SPLITS", "GATHER_P", "GATHER_Q"], prune_configs_by=PRUNE, cache_results=True
+)
 @triton.jit
 def weight_gradient_kernel(
     p_ptr,  # [M, I] in permuted order, or [N, I] by token when GATHER_P

@@ -46,7 +46,7 @@ def combine(permuted_MD: Tensor, routing: Routing) -> Tensor:
 def weighted_sum(rows_MD: Tensor, gate_NK: Tensor | None, position_NK: Tensor) -> Tensor:
     """[N, D]: each token's rows of `rows_MD`, weighted by its gates where given, in eager PyTorch."""
     num_tokens, top_k = position_NK.shape
-    rows_NKD = rows_MD.index_select(0, position_NK.flatten()).view(num_tokens, top_k, -1)
+    rows_NKD = rows_MD.index_select(0, position_NK.flatten()).view(num_tokens, top_k, rows_MD.shape[1])
     if gate_NK is None:
         return rows_NKD[:, 0] if top_k == 1 else rows_NKD.sum(1)
     if top_k == 1:

@@ -78,7 +78,7 @@ def route(
     if top_k == 1:
         expert_NK = selection_NE.detach().argmax(-1, keepdim=True)
     else:
-        expert_NK = selection_NE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+        expert_NK = selection_NE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
     gate_NK = scores_NE.gather(1, expert_NK)
     if renormalize:
         gate_NK = gate_NK / (gate_NK.sum(-1, keepdim=True) + RENORMALIZE_FLOOR)
