@@ -45,8 +45,9 @@ class Tracker:
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            # Steps after the resume point were drawn by the interrupted run: purge_step hides them.
-            self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
+            # Steps after the resume point were drawn by an interrupted run: purge_step hides them, also those of a run
+            # that was killed before its first checkpoint.
+            self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step + 1)
         except OSError as error:
             self._give_up(error)
 
