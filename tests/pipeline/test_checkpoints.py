@@ -1,0 +1,336 @@
+"""Checkpoints: complete or absent, never a wrong step, whatever is killed, lost or flipped."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from data_prep.errors import CapgapError, CheckpointError
+from data_prep.files import watching_operations
+from pipeline.checkpoints import (
+    RECORD,
+    Position,
+    Topology,
+    checkpoint_name,
+    keep_last,
+    load,
+    newest_valid,
+    save,
+    verified_record,
+)
+from pipeline.parallel import Ranks
+
+TOPOLOGY = Topology(world_size=1, zero_stage=0, precision="fp32", expert_parallel_size=1)
+
+
+class Crash(BaseException):
+    """What a killed process looks like from inside: nothing is cleaned up."""
+
+
+class PlainEngine:
+    """What a checkpoint asks of a DeepSpeed engine without ZeRO: a module and its AdamW."""
+
+    def __init__(self, seed: int = 0, width: int = 6):
+        torch.manual_seed(seed)
+        self.module = nn.Sequential(nn.Linear(width, 5), nn.Dropout(0.5), nn.LayerNorm(5))
+        self.counted = torch.zeros(3, dtype=torch.int64)
+        self.module.register_buffer("counted", self.counted)
+        self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=0.1)
+
+    def zero_optimization_stage(self) -> int:
+        return 0
+
+    def train(self, steps: int) -> None:
+        for _ in range(steps):
+            self.module(torch.ones(4, 6)).pow(2).sum().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.counted += 1
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in self.module.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield Ranks(0, 0, 1, torch.device("cpu"), dist.new_group(backend="gloo"), store)
+    dist.destroy_process_group()
+
+
+def write(root: Path, engine: PlainEngine, ranks: Ranks, step: int) -> Path:
+    return save(
+        root,
+        engine,
+        ranks,
+        position=Position(step, 100 * step),
+        topology=TOPOLOGY,
+        rank_state={"window": {"steps": step}},
+        fingerprints={"data": "abc"},
+    )
+
+
+@pytest.fixture
+def saved(tmp_path, ranks) -> tuple[Path, dict[int, dict[str, torch.Tensor]]]:
+    """A folder with the checkpoints of steps 2 and 4, and the weights that each must give back."""
+    root, engine, weights = tmp_path / "checkpoints", PlainEngine(), {}
+    for step in (2, 4):
+        engine.train(2)
+        weights[step] = engine.weights()
+        write(root, engine, ranks, step)
+    return root, weights
+
+
+def resumed(root: Path, ranks: Ranks) -> tuple[int, dict[str, torch.Tensor]]:
+    """Step and weights of a fresh engine after a resume."""
+    found = newest_valid(root)
+    assert found is not None
+    engine = PlainEngine(seed=9)
+    position, states = load(*found, engine, ranks, TOPOLOGY, seed=0)
+    assert states[0]["window"] == {"steps": position.step}
+    assert position.tokens == 100 * position.step
+    assert found[0].name == checkpoint_name(position.step)
+    return position.step, engine.weights()
+
+
+def check_resume(root: Path, ranks: Ranks, weights: dict[int, dict[str, torch.Tensor]], *allowed: int) -> int:
+    """Asserts that a resume finds one of the allowed steps with that step's weights; returns the step."""
+    step, found = resumed(root, ranks)
+    assert step in allowed
+    assert all(found[name].equal(weights[step][name]) for name in weights[step])
+    return step
+
+
+def test_training_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(tmp_path, ranks):
+    """With dropout on: weights, moments, step count and random state all come back."""
+    unbroken = PlainEngine()
+    unbroken.train(3)
+    path = write(tmp_path, unbroken, ranks, 3)
+    unbroken.train(4)
+    again = PlainEngine(seed=5)
+    load(path, verified_record(path), again, ranks, TOPOLOGY, seed=0)
+    again.train(4)
+    for name, tensor in unbroken.weights().items():
+        assert tensor.equal(again.weights()[name]), name
+
+
+def test_a_folder_without_checkpoints_is_a_fresh_start(tmp_path):
+    assert newest_valid(tmp_path / "none") is None
+    assert newest_valid(tmp_path) is None
+
+
+def operations_of(action) -> list[str]:
+    seen: list[str] = []
+    with watching_operations(lambda operation, path: seen.append(f"{operation} {path.name}")):
+        action()
+    return seen
+
+
+@pytest.mark.parametrize("same_step", [False, True], ids=["the next step", "a damaged one again"])
+def test_a_crash_at_any_operation_leaves_a_checkpoint_that_is_whole(saved, ranks, capsys, same_step):
+    root, weights = saved
+    engine = PlainEngine()
+    load(root / checkpoint_name(4), verified_record(root / checkpoint_name(4)), engine, ranks, TOPOLOGY, seed=0)
+    engine.train(2)
+    step = 6
+    weights[step] = engine.weights()
+    if same_step:
+        shutil.copytree(root / checkpoint_name(4), root / checkpoint_name(6))  # says 4 inside: never valid as 6
+        (root / checkpoint_name(6) / RECORD).write_text("{", encoding="utf-8")
+    before = root.parent / "before"
+    shutil.copytree(root, before)
+
+    def save_and_tidy() -> None:
+        keep_last(write(root, engine, ranks, step), 1)
+
+    operations = operations_of(save_and_tidy)
+    assert len(operations) >= 15
+    assert [path.name for path in root.iterdir()] == [checkpoint_name(6)]
+    found = []
+    for crash_at in range(len(operations)):
+        shutil.rmtree(root)
+        shutil.copytree(before, root)
+        countdown = iter(range(crash_at, -1, -1))
+
+        def crash(operation, path, countdown=countdown):
+            if next(countdown) == 0:
+                raise Crash
+
+        with pytest.raises(Crash), watching_operations(crash):
+            save_and_tidy()
+        found.append(check_resume(root, ranks, weights, 4, 6))
+        # The same command again finishes the work.
+        save_and_tidy()
+        assert check_resume(root, ranks, weights, 6) == 6
+    assert found == sorted(found) and set(found) == {4, 6}
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_at_any_operation_is_one_line_and_keeps_what_was_complete(saved, ranks, code):
+    root, weights = saved
+    engine = PlainEngine()
+    load(root / checkpoint_name(4), verified_record(root / checkpoint_name(4)), engine, ranks, TOPOLOGY, seed=0)
+    engine.train(2)
+    weights[6] = engine.weights()
+    operations = operations_of(lambda: write(root, engine, ranks, 6))
+    # A rename that only changes names needs no space, and what follows it comes after the checkpoint is complete.
+    writing = ("mkdir", "open", "write", "fsync")
+    needing_space = [index for index, name in enumerate(operations) if name.split()[0] in writing]
+    assert len(needing_space) >= 8
+    for full_at in needing_space:
+        shutil.rmtree(root / checkpoint_name(6), ignore_errors=True)
+        count = iter(range(1000))
+
+        def fill(operation, path, count=count, full_at=full_at):
+            if next(count) >= full_at and operation in writing:
+                raise OSError(code, os.strerror(code), str(path))
+
+        with pytest.raises(CheckpointError, match="writing") as caught, watching_operations(fill):
+            write(root, engine, ranks, 6)
+        assert "\n" not in str(caught.value)
+        assert os.strerror(code) in str(caught.value)
+        check_resume(root, ranks, weights, 4)
+    write(root, engine, ranks, 6)
+    check_resume(root, ranks, weights, 6)
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "deleted": lambda path: path.unlink(),
+    "emptied": lambda path: path.write_bytes(b""),
+    "cut in half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "longer by a byte": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "a bit flipped in the middle": lambda path: flip(path, path.stat().st_size // 2),
+    "a bit flipped at the end": lambda path: flip(path, -1),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_damaged_file_is_noticed_and_the_checkpoint_before_is_used(saved, ranks, capsys, damage):
+    root, weights = saved
+    newest = root / checkpoint_name(4)
+    files = files_of(newest)
+    assert len(files) == 3
+    for file in files:
+        content = file.read_bytes()
+        DAMAGES[damage](file)
+        if file.name == RECORD and damage == "a bit flipped at the end":
+            file.write_bytes(content)  # The last byte of the record is a line break, which says nothing.
+            continue
+        check_resume(root, ranks, weights, 2)
+        assert f"warning: checkpoint {newest.name}: " in capsys.readouterr().err
+        file.write_bytes(content)
+    check_resume(root, ranks, weights, 4)
+
+
+def test_no_flipped_bit_in_the_record_resumes_at_a_wrong_step(saved):
+    """The record holds the step; it must not be the one file that nothing vouches for."""
+    root, _ = saved
+    path = root / checkpoint_name(4)
+    content = (path / RECORD).read_bytes()
+    whole = verified_record(path)
+    until_files = content.index(b'"files"')
+    for place in [*range(until_files), *range(until_files, len(content), 7)]:
+        (path / RECORD).write_bytes(content)
+        flip(path / RECORD, place)
+        try:
+            assert verified_record(path) == whole
+        except CheckpointError:
+            continue
+
+
+def test_files_of_another_step_do_not_pass(saved, ranks):
+    root, weights = saved
+    for name in (path.name for path in files_of(root / checkpoint_name(4)) if path.name != RECORD):
+        file = root / checkpoint_name(4) / name
+        content = file.read_bytes()
+        shutil.copyfile(root / checkpoint_name(2) / name, file)
+        check_resume(root, ranks, weights, 2)
+        file.write_bytes(content)
+
+
+def test_when_all_are_damaged_the_run_stops_instead_of_starting_over(saved):
+    root, _ = saved
+    for path in root.iterdir():
+        (path / "rank-00000.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no usable checkpoint in .*: all 2 are damaged .*--out"):
+        newest_valid(root)
+
+
+def test_what_was_never_completed_is_ignored_and_named(saved, ranks, capsys):
+    root, weights = saved
+    shutil.copytree(root / checkpoint_name(4), root / f"{checkpoint_name(6)}.partial")
+    check_resume(root, ranks, weights, 4)
+    assert f"{checkpoint_name(6)}.partial: was never completed, ignored" in capsys.readouterr().err
+
+
+def test_only_names_decide_which_is_newest(saved, ranks):
+    root, weights = saved
+    for age, step in ((10**9, 4), (10, 2)):
+        for file in [root / checkpoint_name(step), *files_of(root / checkpoint_name(step))]:
+            os.utime(file, (2 * 10**9 - age, 2 * 10**9 - age))
+    check_resume(root, ranks, weights, 4)
+
+
+def test_a_file_outside_the_folder_is_not_followed(saved, tmp_path, ranks, monkeypatch):
+    import pipeline.checkpoints as module
+    from data_prep.files import file_hash, read_json, write_json
+
+    root, _ = saved
+    path = root / checkpoint_name(4)
+    (tmp_path / "elsewhere").write_text("x", encoding="utf-8")
+    record = read_json(path / RECORD, "")
+    record["files"]["../../elsewhere"] = file_hash(tmp_path / "elsewhere")
+    write_json(path / RECORD, record | {"hash": module._record_hash(record)})
+    with pytest.raises(CheckpointError, match="lies outside the folder"):
+        verified_record(path)
+
+
+def test_the_last_ones_are_kept_and_partial_ones_before_them_go(saved, ranks):
+    root, _ = saved
+    engine = PlainEngine()
+    engine.train(1)
+    (root / f"{checkpoint_name(1)}.partial").mkdir()
+    (root / f"{checkpoint_name(9)}.partial").mkdir()
+    keep_last(write(root, engine, ranks, 6), 2)
+    expected = [checkpoint_name(4), checkpoint_name(6), f"{checkpoint_name(9)}.partial"]
+    assert sorted(path.name for path in root.iterdir()) == expected
+
+
+def test_a_damaged_later_checkpoint_does_not_push_out_the_good_one_before_it(saved, ranks, capsys):
+    """Back from 4 (damaged) to 2, then on to 3: keeping one must keep 3, not the ruin of 4."""
+    root, weights = saved
+    (root / checkpoint_name(4) / "rank-00000.json").unlink()
+    engine = PlainEngine(seed=3)
+    load(root / checkpoint_name(2), verified_record(root / checkpoint_name(2)), engine, ranks, TOPOLOGY, seed=0)
+    engine.train(1)
+    weights[3] = engine.weights()
+    keep_last(write(root, engine, ranks, 3), 1)
+    check_resume(root, ranks, weights, 3)
+    assert not (root / checkpoint_name(2)).exists()
+
+
+def test_another_precision_or_another_student_is_refused(saved, ranks):
+    root, _ = saved
+    path = root / checkpoint_name(4)
+    other = Topology(world_size=1, zero_stage=0, precision="bf16", expert_parallel_size=1)
+    with pytest.raises(CapgapError, match=r"written with precision fp32, this run has bf16"):
+        load(path, verified_record(path), PlainEngine(), ranks, other, seed=0)
+    with pytest.raises(CapgapError, match=r"0\.weight has shape"):
+        load(path, verified_record(path), PlainEngine(width=7), ranks, TOPOLOGY, seed=0)
