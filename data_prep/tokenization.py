@@ -20,6 +20,7 @@ import numpy as np
 
 from data_prep.errors import ConfigError, DataError
 from data_prep.model_folders import package_folder
+from data_prep.sentencepiece_models import METASPACE, save_as_tokenizer
 from data_prep.shards import id_dtype, tokenizer_hash
 
 EngineName = Literal["memo", "huggingface", "nanotoken", "gigatoken"]
@@ -34,7 +35,6 @@ TOKENIZER_FILES = (
     "tokenizer.model",
 )
 END, CUT = "\x01", "\x00"  # control characters do not occur in cleaned text
-METASPACE = "\u2581"
 IRREGULAR_SPACE = re.compile(rf"\s\s|\A\s|\s\Z|[{END}{CUT}{METASPACE}]")
 # The pre-tokenizers of Llama 3 and of Qwen 2 and its successors; GPT-2's is built into ByteLevel.
 SPLIT_AT_SPACES = {
@@ -93,14 +93,14 @@ def save_tokenizer(name: str, folder: Path) -> None:
         shutil.copyfile(source, folder / "tokenizer.json")
         return
     if source.is_file() and source.suffix == ".model":
-        _save_sentencepiece(source, folder)
+        save_as_tokenizer(source, folder)
         return
     if source.is_dir():
         if (source / "vocab.txt").is_file():
             _save_wordpiece(source, folder)
             return
         if (source / "tokenizer.model").is_file():
-            _save_sentencepiece(source / "tokenizer.model", folder)
+            save_as_tokenizer(source / "tokenizer.model", folder)
             return
         raise DataError(
             f"loading tokenizer {name}: no tokenizer.json, vocab.txt or tokenizer.model in the folder - "
@@ -169,12 +169,6 @@ def _save_wordpiece(source: Path, folder: Path) -> None:
     saved = {"do_lower_case": True, "tokenizer_class": "BertTokenizer", "model_max_length": 512, **config, **names}
     (folder / "tokenizer_config.json").write_text(json.dumps(saved, indent=2), encoding="utf-8")
     shutil.copyfile(source / "vocab.txt", folder / "vocab.txt")
-
-
-def _save_sentencepiece(model_file: Path, folder: Path) -> None:
-    raise DataError(
-        f"loading tokenizer {model_file}: sentencepiece models are not supported yet - give a tokenizer.json"
-    )
 
 
 def load_reference(folder: Path) -> Any:
@@ -436,7 +430,13 @@ class GigatokenEngine:
         self._special = _special_pattern(tokenizer)
 
     def encode(self, texts: Sequence[str]) -> Tokens:
-        tokens = _tokens([list(ids) for ids in self._fast.encode_batch(list(texts))], self._dtype)
+        if not texts:
+            return _tokens([], self._dtype)
+        import awkward  # what gigatoken answers with
+
+        encoded = self._fast.encode_batch(list(texts), parallel=False)
+        offsets = np.concatenate([[0], np.cumsum(awkward.to_numpy(awkward.num(encoded)))])
+        tokens = Tokens(awkward.to_numpy(awkward.flatten(encoded)).astype(self._dtype), offsets)
         return _mend_special(tokens, texts, self._special, self._reference)
 
 
