@@ -1,0 +1,161 @@
+"""Decoders in training: students and teachers turn packed rows into hidden states and a head, never into logits."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from capgap_kernels import TeacherHead, route
+from data_prep.errors import ConfigError
+from data_prep.shards import Manifest
+from pipeline.config import StudentConfig, TeacherConfig
+from pipeline.signals import Batch, RouterSignals, Signals
+
+# B rows, T tokens of a row, D hidden width, V vocabulary, N = B*T tokens, E experts
+
+# Settings with which logits are more than hidden states times head: losses from hidden states would be wrong.
+LOGIT_SETTINGS = {"final_logit_softcapping": None, "logit_scale": 1, "logits_scaling": 1}
+
+
+class DecoderStudent(nn.Module):
+    """A causal language model of transformers; a mixture-of-experts one reports its routers."""
+
+    def __init__(self, backbone: PreTrainedModel, *, num_ids: int):
+        super().__init__()
+        self.backbone = backbone
+        self.num_ids = num_ids
+        self.router_names = tuple(name for name, module in backbone.base_model.named_modules() if is_mixture(module))
+        self._rotary = {name: buffer.clone() for name, buffer in backbone.named_buffers() if name.endswith("inv_freq")}
+
+    def _apply(self, fn, recurse=True):
+        # bf16 rotary frequencies turn late positions by wrong angles; the exported model has them in float32.
+        super()._apply(fn, recurse)
+        for name, exact in self._rotary.items():
+            buffer = self.backbone.get_buffer(name)
+            buffer.data = exact.to(buffer.device)
+        return self
+
+    def forward(self, batch: Batch) -> Signals:
+        encoded = run_packed(self.backbone, batch, output_router_logits=bool(self.router_names))
+        head = self.backbone.get_output_embeddings()
+        return Signals(
+            valid_BT=batch.valid_BT,
+            hidden_states_BTD=encoded.last_hidden_state,
+            head_VD=head.weight,
+            head_bias_V=head.bias,
+            num_ids=self.num_ids,
+            labels_BT=batch.labels_BT,
+            routers=self._router_signals(getattr(encoded, "router_logits", None) or (), batch.valid_BT.flatten()),
+        )
+
+    def _router_signals(self, logits: tuple[Tensor, ...], valid_N: Tensor) -> dict[str, RouterSignals]:
+        top_k = getattr(self.backbone.config, "num_experts_per_tok", 1)
+        signals = {}
+        for name, logits_NE in zip(self.router_names, logits, strict=True):
+            routing = route(logits_NE, top_k=top_k, valid_N=valid_N)
+            signals[name] = RouterSignals(
+                routing.gate_sum_E, routing.tokens_per_expert_E, routing.z_loss_sum, routing.entropy_sum
+            )
+        return signals
+
+    def served_model(self) -> PreTrainedModel:
+        """What users load: the model itself."""
+        return self.backbone
+
+
+def is_mixture(module: nn.Module) -> bool:
+    """Whether this is a feed-forward layer of experts behind a gate."""
+    return isinstance(getattr(module, "gate", None), nn.Module) and isinstance(
+        getattr(module, "experts", None), nn.Module
+    )
+
+
+def run_packed(model: PreTrainedModel, batch: Batch, **wanted: Any) -> Any:
+    """The output of the decoder below its head, each document seeing itself alone.
+
+    transformers reads the documents from positions that begin anew, when there is neither a mask nor a cache: a block
+    diagonal for sdpa and flex attention, variable lengths for flash attention.
+    """
+    return model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **wanted)
+
+
+class CausalTeacher(nn.Module):
+    """A frozen causal language model that hands over hidden states and head."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.encoder = model.eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Signals:
+        hidden_BTD = run_packed(self.encoder, batch).last_hidden_state
+        head = self.encoder.get_output_embeddings()
+        return Signals(
+            valid_BT=batch.valid_BT, next_token=TeacherHead(hidden_BTD.flatten(0, 1), head.weight, head.bias)
+        )
+
+
+class NoTeacher(nn.Module):
+    """Stands in for a teacher where text alone teaches."""
+
+    def forward(self, batch: Batch) -> Signals:
+        return Signals(valid_BT=batch.valid_BT)
+
+
+def load_causal_teacher(folder: Path, config: TeacherConfig, *, dtype: torch.dtype) -> CausalTeacher:
+    """The frozen teacher of a checked model folder."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=config.trust_remote_code, use_safetensors=True
+    )
+    check_logits(model.config, "teacher.model")
+    return CausalTeacher(model)
+
+
+def build_decoder(config: StudentConfig, manifest: Manifest, *, init_folder: Path | None, seed: int) -> DecoderStudent:
+    """A decoder with its first weights: those of a folder, or random ones of its shape or of the recipe's sizes.
+
+    Args:
+        manifest: of the shards, whose tokenizer and row length a decoder of the recipe's sizes takes over.
+        init_folder: AutoModelForCausalLM folder; None builds a LLaMA from the recipe's sizes.
+    """
+    # The caller's random state stays as it was, so that a resumed run draws what the unbroken run drew.
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if init_folder is None:
+            backbone = AutoModelForCausalLM.from_config(llama_config(config, manifest), dtype=torch.float32)
+        elif config.random_weights:
+            backbone = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(init_folder), dtype=torch.float32)
+        else:
+            backbone = AutoModelForCausalLM.from_pretrained(init_folder, dtype=torch.float32, use_safetensors=True)
+    check_logits(backbone.config, "student.init_from")
+    return DecoderStudent(backbone, num_ids=manifest.tokenizer["vocab_size"])
+
+
+def llama_config(config: StudentConfig, manifest: Manifest) -> LlamaConfig:
+    """The shape of a LLaMA with the recipe's sizes and the vocabulary and length of the shards."""
+    tokenizer = manifest.tokenizer
+    return LlamaConfig(
+        vocab_size=tokenizer["vocab_size"],
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads or config.num_attention_heads,
+        max_position_embeddings=manifest.length,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=config.tie_word_embeddings,
+        **{f"{name}_token_id": tokenizer.get(f"{name}_id") for name in ("bos", "eos", "pad")},
+    )
+
+
+def check_logits(config: Any, key: str) -> None:
+    """Refuses models whose logits are not just hidden states times head."""
+    for name, neutral in LOGIT_SETTINGS.items():
+        value = getattr(config, name, None)
+        if value not in (None, neutral):
+            raise ConfigError(
+                f"{key}: {config.model_type} has {name} ({value}) - losses are computed from hidden states and head, "
+                "which give other logits - choose a LLaMA-, Mistral-, Mixtral- or Qwen-like model"
+            )
