@@ -1,16 +1,19 @@
-"""The envelope around DeepSpeed's files: complete or absent, hashed, and enough to go on bit for bit.
+"""Checkpoints: complete or absent, hashed, and enough to go on bit for bit, or on another number of ranks.
 
     RUN/checkpoints/step-00000500/
-        engine/           DeepSpeed's own files: weights, optimizer and master copies, one part per rank
-        rank-00000.json   random state and running sums of each rank
-        checkpoint.json   position, world size, ZeRO stage, precision, fingerprints, and the hash of every file above
+        state-00000.safetensors   what rank 0 holds of weights and Adam's moments, as pieces of whole tensors
+        rank-00000.json           random state and running sums of each rank
+        checkpoint.json           position, how the work was cut, fingerprints, and the hash of every file above
 
 It is written as `step-00000500.partial`, renamed when every file is on disk, and `checkpoint.json` comes last. A folder
 without it, or with a file that does not match it, is never loaded.
+
+DeepSpeed's own checkpoint files are not used: they are pickles, they fit only the cut that wrote them, and at another
+expert-parallel size they load without a word into the wrong optimizer state.
 """
 
 import base64
-import os
+import json
 import shutil
 import sys
 from dataclasses import asdict, dataclass
@@ -20,11 +23,23 @@ from typing import Any
 import torch
 
 from data_prep.errors import CheckpointError, DataError
-from data_prep.files import file_hash, make_folder, read_json, remove_folder, rename, require_free_space, write_json
+from data_prep.files import (
+    content_hash,
+    file_hash,
+    make_folder,
+    read_json,
+    remove_folder,
+    rename,
+    require_free_space,
+    write_json,
+)
 from pipeline.parallel import Ranks
+from pipeline.state_files import fill_pieces, read_weights, write_pieces
+from pipeline.state_pieces import finish_filling, held_pieces, tensor_names, updates_taken
 
 RECORD = "checkpoint.json"
 PARTIAL = ".partial"
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -39,12 +54,12 @@ class Position:
 
 @dataclass(frozen=True)
 class Topology:
-    """What the optimizer's parts were cut for. A direct load into another cut would be silently wrong."""
+    """How the work was cut when the checkpoint was written."""
 
     world_size: int
     zero_stage: int
     precision: str
-    deepspeed: str
+    expert_parallel_size: int
 
 
 def checkpoint_name(step: int) -> str:
@@ -65,29 +80,28 @@ def save(
     final = root / checkpoint_name(position.step)
     partial = final.with_name(final.name + PARTIAL)
     _on_first_rank(ranks, lambda: _make_room(root, partial))
-    _on_every_rank(ranks, lambda: engine.save_checkpoint(str(partial), tag="engine", save_latest=False), partial)
-    _on_every_rank(
-        ranks,
-        lambda: write_json(partial / f"rank-{ranks.rank:05d}.json", {"random": _random_state(), **rank_state}),
-        partial,
-    )
-    ranks.barrier()
-    files = sorted(path for path in partial.rglob("*") if path.is_file())
-    mine = files[ranks.rank :: ranks.world_size]
+
+    def write() -> dict[str, str]:
+        state, rank = f"state-{ranks.rank:05d}.safetensors", f"rank-{ranks.rank:05d}.json"
+        return {
+            state: write_pieces(partial / state, held_pieces(engine)),
+            rank: write_json(partial / rank, {"random": _random_state(), **rank_state}),
+        }
+
     hashes: dict[str, str] = {}
-    for part in ranks.gather(
-        _on_every_rank(ranks, lambda: {_relative(f, partial): _sync_and_hash(f) for f in mine}, partial)
-    ):
+    for part in ranks.gather(_on_every_rank(ranks, write, partial)):
         hashes |= part
     record = {
+        "format": FORMAT,
         "position": asdict(position),
         "topology": asdict(topology),
+        "updates": updates_taken(engine),
         "fingerprints": fingerprints,
         "files": dict(sorted(hashes.items())),
     }
 
     def complete() -> None:
-        write_json(partial / RECORD, record)
+        write_json(partial / RECORD, record | {"hash": _record_hash(record)})
         if final.exists():
             remove_folder(final)
         rename(partial, final)
@@ -96,9 +110,14 @@ def save(
     return final
 
 
-def keep_last(root: Path, count: int) -> None:
-    """Removes all but the newest `count` complete checkpoints, and unfinished ones older than the newest."""
+def keep_last(newest: Path, count: int) -> None:
+    """Removes all but the last `count` checkpoints up to `newest`, and unfinished ones before it.
+
+    Those after it are damaged: the run went back behind them. They do not count, and stay for whoever wants to look.
+    """
+    root = newest.parent
     complete = sorted(path for path in root.glob("step-*") if (path / RECORD).is_file() and path.suffix != PARTIAL)
+    complete = [path for path in complete if path.name <= newest.name]
     for path in complete[:-count]:
         remove_folder(path)
     for path in root.glob(f"step-*{PARTIAL}"):
@@ -137,8 +156,14 @@ def verified_record(path: Path) -> dict[str, Any]:
         record = read_json(path / RECORD, mend)
         files = record["files"]
         assert isinstance(files, dict) and files
+        if record["format"] != FORMAT:
+            raise CheckpointError(
+                f"checkpoint {path.name}: has format {record['format']}, this version of capgap reads {FORMAT} - "
+                "resume with the version that wrote it"
+            )
         Position(**record["position"])
         Topology(**record["topology"])
+        assert record["hash"] == _record_hash(record), "it was changed"
     except (DataError, KeyError, TypeError, AssertionError) as error:
         raise CheckpointError(f"checkpoint {path.name}: {RECORD} is missing or damaged ({error})") from error
     here = path.resolve()
@@ -153,25 +178,52 @@ def verified_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def load(path: Path, record: dict[str, Any], engine: Any, ranks: Ranks, topology: Topology) -> tuple[Position, dict]:
-    """Fills the engine from a verified checkpoint; returns its position and this rank's saved state.
+def load(
+    path: Path, record: dict[str, Any], engine: Any, ranks: Ranks, topology: Topology, *, seed: int
+) -> tuple[Position, list[dict[str, Any]]]:
+    """Fills the engine from a verified checkpoint; returns its position and the saved state of every rank of then.
 
-    Raises CheckpointError when the optimizer's parts were cut for another topology.
+    Weights and moments fit any number of ranks, ZeRO stage, offload and expert-parallel size. On the same number of
+    ranks the random state goes on where it was; on another it is drawn anew from (seed, step, rank).
+
+    Raises CheckpointError for another precision and for another student.
     """
     saved = Topology(**record["topology"])
-    for name in ("world_size", "zero_stage", "precision"):
-        before, now = getattr(saved, name), getattr(topology, name)
-        if before != now:
-            raise CheckpointError(
-                f"checkpoint {path}: was written with {name} {before}, this run has {now} - the optimizer's parts "
-                f"do not fit - resume with {name} {before}, or start a new folder with --out"
+    if saved.precision != topology.precision:
+        raise CheckpointError(
+            f"checkpoint {path}: was written with precision {saved.precision}, this run has {topology.precision} - "
+            f"going on in another is unproven - set engine.precision {saved.precision}"
+        )
+    position = Position(**record["position"])
+    files = sorted(path / name for name in record["files"] if name.endswith(".safetensors"))
+    fill_pieces(files, held_pieces(engine), tensor_names(engine))
+    finish_filling(engine, record["updates"])
+    mend = "restore the file from a copy"
+    states = [read_json(path / f"rank-{rank:05d}.json", mend) for rank in range(saved.world_size)]
+    if saved.world_size == ranks.world_size:
+        _restore_random_state(states[ranks.rank]["random"])
+    else:
+        # Reseeding is one number for CPU and GPU alike.
+        torch.manual_seed(((seed * 1_000_003 + position.step) * 1_000_003 + ranks.rank) % 2**63)
+        if ranks.rank == 0:
+            print(
+                f"checkpoint {path.name}: from {saved.world_size} ranks, now {ranks.world_size}: dropout and jitter "
+                "are drawn anew from seed, step and rank",
+                flush=True,
             )
-    loaded, _ = engine.load_checkpoint(str(path), tag="engine", load_module_strict=True)
-    if loaded is None:
-        raise CheckpointError(f"checkpoint {path}: DeepSpeed did not load it - its files do not fit this run")
-    state = read_json(path / f"rank-{ranks.rank:05d}.json", "restore the file from a copy")
-    _restore_random_state(state["random"])
-    return Position(**record["position"]), state
+    return position, states
+
+
+def trained_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The whole weights of a checkpoint under the student's names, on the CPU, float32 where they are not integers."""
+    weights = read_weights(sorted(path.glob("state-*.safetensors")))
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+
+
+def _record_hash(record: dict[str, Any]) -> str:
+    """Hash of the record itself: a flipped bit in its step would resume at the wrong place."""
+    content = {name: value for name, value in record.items() if name != "hash"}
+    return content_hash(json.dumps(content, sort_keys=True).encode())
 
 
 def _make_room(root: Path, partial: Path) -> None:
@@ -203,7 +255,6 @@ def _on_every_rank(ranks: Ranks, action: Any, partial: Path) -> Any:
     failure, result = None, None
     try:
         result = action()
-    # torch.save reports a full disk as RuntimeError.
     except (OSError, RuntimeError, DataError) as error:
         failure = (str(error).splitlines() or [type(error).__name__])[0]
     failures = [f"rank {rank}: {text}" for rank, text in enumerate(ranks.gather(failure)) if text is not None]
@@ -216,19 +267,6 @@ def _on_every_rank(ranks: Ranks, action: Any, partial: Path) -> Any:
             "free space and run the same command again"
         )
     return result
-
-
-def _relative(file: Path, folder: Path) -> str:
-    return file.relative_to(folder).as_posix()
-
-
-def _sync_and_hash(file: Path) -> str:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return file_hash(file)
 
 
 def _random_state() -> dict[str, str]:

@@ -125,6 +125,22 @@ class Window:
         }
 
     @staticmethod
+    def resumed(states: list[dict[str, Any]], ranks: "Ranks") -> "Window":
+        """This rank's window, from those of all ranks of then; on another number of ranks the first takes the sums."""
+        if len(states) == ranks.world_size:
+            return Window.from_json(states[ranks.rank], ranks.device)
+        window, *others = (Window.from_json(state, ranks.device) for state in states)
+        for other in others:
+            window.add(other.losses, other.routers)
+        if ranks.rank > 0:
+            window.losses = {name: 0 * value for name, value in window.losses.items()}
+            window.routers = {
+                name: replace(router, **{part: 0 * getattr(router, part) for part in ROUTER_PARTS})
+                for name, router in window.routers.items()
+            }
+        return window
+
+    @staticmethod
     def from_json(state: dict[str, Any], device: Any) -> "Window":
         import torch
 
@@ -191,7 +207,9 @@ def distill(config: RunConfig, checked: Checked) -> int:
     student.train()
     if config.engine.activation_checkpointing:
         student.backbone.gradient_checkpointing_enable()
-    topology = checkpoints.Topology(ranks.world_size, checked.zero_stage, config.engine.precision, _deepspeed_version())
+    topology = checkpoints.Topology(
+        ranks.world_size, checked.zero_stage, config.engine.precision, config.engine.expert_parallel_size
+    )
     weights = active_losses(config.loss, has_routers=bool(getattr(student, "router_names", ())))
     plan = BatchPlan(checked.shards, config.batch, config.data.order_seed, ranks.rank, ranks.world_size)
 
@@ -201,8 +219,8 @@ def distill(config: RunConfig, checked: Checked) -> int:
         raise found
     position, window = checkpoints.Position(), Window()
     if found is not None:
-        position, rank_state = checkpoints.load(Path(found[0]), found[1], engine, ranks, topology)
-        window = Window.from_json(rank_state["window"], ranks.device)
+        position, states = checkpoints.load(Path(found[0]), found[1], engine, ranks, topology, seed=config.seed)
+        window = Window.resumed([state["window"] for state in states], ranks)
         say(ranks.rank, f"resumed from {found[0]}: step {position.step} of {checked.num_steps}")
     else:
         say(
@@ -314,7 +332,9 @@ def distill(config: RunConfig, checked: Checked) -> int:
 
     if progress is not None:
         progress.__exit__(None, None, None)
-    export(config, checked, engine, student, position, ranks, sizes)
+    if ranks.rank == 0:
+        export(config, checked, student, position, sizes)
+    ranks.barrier()
     if ranks.rank == 0:
         assert tracker is not None and ledger is not None
         tracker.close()
@@ -439,26 +459,27 @@ def memory_in_use(ranks: "Ranks") -> dict[str, float]:
     return {"memory/rss_bytes": psutil.Process().memory_info().rss}
 
 
-def export(
-    config: RunConfig, checked: Checked, engine: Any, student: Any, position: "Position", ranks: "Ranks", sizes: dict
-) -> None:
-    """Writes RUN/export from the master weights; every rank takes part in gathering them."""
+def export(config: RunConfig, checked: Checked, student: Any, position: "Position", sizes: dict) -> None:
+    """Writes RUN/export from the float32 weights of the last checkpoint."""
+    from pipeline.checkpoints import checkpoint_name, trained_weights
     from pipeline.models.export import export_student
-    from pipeline.parallel import full_precision_state
 
-    state = full_precision_state(engine, student.backbone)
-    if ranks.rank == 0:
-        facts = {
-            "name": Path(config.out).name,
-            "teacher": config.teacher.model,
-            "parameters": sizes["student"]["parameters_served"],
-            "macs": sizes["student"]["linear_macs_per_sequence"] / 1e9,
-            "length": sizes["student"]["sequence_length"],
-            "tokens": position.tokens,
-        }
-        model = student.served_model().float().cpu()
-        export_student(Path(config.out) / "export", model, state, checked.shards.folder / "tokenizer", facts)
-    ranks.barrier()
+    path = Path(config.out) / "checkpoints" / checkpoint_name(position.step)
+    state = {
+        name.removeprefix("backbone."): tensor
+        for name, tensor in trained_weights(path).items()
+        if name.startswith("backbone.")
+    }
+    facts = {
+        "name": Path(config.out).name,
+        "teacher": config.teacher.model,
+        "parameters": sizes["student"]["parameters_served"],
+        "macs": sizes["student"]["linear_macs_per_sequence"] / 1e9,
+        "length": sizes["student"]["sequence_length"],
+        "tokens": position.tokens,
+    }
+    model = student.served_model().float()
+    export_student(Path(config.out) / "export", model, state, checked.shards.folder / "tokenizer", facts)
 
 
 def _newest_valid(root: Path) -> Any:
@@ -469,12 +490,6 @@ def _newest_valid(root: Path) -> Any:
         return found and (str(found[0]), found[1])
     except CapgapError as error:
         return error
-
-
-def _deepspeed_version() -> str:
-    import deepspeed
-
-    return deepspeed.__version__
 
 
 def _leave(ranks: "Ranks", code: int, stop: Any) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.config import RunConfig, load_ds_config
 from pipeline.optimizer import parameter_groups
@@ -113,6 +113,10 @@ def engine_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
             },
         },
     }
+    if config.engine.expert_parallel_size > 1:
+        from pipeline.expert_parallel import autoep_settings
+
+        settings |= {"expert_parallel": autoep_settings(config.engine.expert_parallel_size)}
     if config.engine.precision == "bf16":
         # Summing micro-batch gradients in bf16 loses their low bits.
         settings |= {"bf16": {"enabled": True, "check_grad_overflow": True}, "data_types": {"grad_accum_dtype": "fp32"}}
@@ -130,6 +134,10 @@ def start_engine(student: nn.Module, config: RunConfig, ranks: Ranks) -> Any:
             model_parameters=parameter_groups(student, config.optimizer.weight_decay),
             config=engine_settings(config, ranks.world_size),
         )
+    if config.engine.expert_parallel_size > 1:
+        from pipeline.expert_parallel import use_our_layers
+
+        use_our_layers(student, config.student.router_jitter)
     return engine
 
 
@@ -165,16 +173,3 @@ def gradient_norm(engine: Any) -> float | None:
     """Global gradient norm before clipping of the step that has just been taken, where DeepSpeed keeps one."""
     norm = engine.get_global_grad_norm()
     return None if norm is None else float(norm)
-
-
-def full_precision_state(engine: Any, module: nn.Module) -> dict[str, Tensor]:
-    """The module's weights in float32 on the CPU, taken from the optimizer's master copy; every rank must call this."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    parameters = dict(module.named_parameters())
-    state = {}
-    for name, value in module.state_dict().items():
-        master = safe_get_full_fp32_param(parameters[name]) if name in parameters else None
-        full = value if master is None else master
-        state[name] = full.detach().float().cpu() if full.is_floating_point() else full.detach().cpu()
-    return state

@@ -10,6 +10,7 @@ from data_prep.files import read_json
 from data_prep.model_folders import find_model_folder, read_model_config
 from data_prep.shards import ShardSet, folder_vocabulary, open_shards, tokenizer_hash
 from pipeline.config import RunConfig, changed_keys, load_ds_config
+from pipeline.parallel_rules import check_parallelism
 
 Result = TypeVar("Result")
 
@@ -70,11 +71,11 @@ def check_run(config: RunConfig, world_size: int) -> Checked:
         check(check_init_layers, config, init_folder)
     accumulation = check(config.batch.accumulation_steps, world_size)
     settings = check(load_ds_config, config.engine.ds_config)
+    stage = None if settings is None else check(check_parallelism_of, config, settings, world_size)
     if shards:
         check(check_same_run, config, shards)
     problems.raise_if_any()
-    assert shards and teacher_folder and teacher_config and accumulation and num_steps and settings is not None
-    stage = int(settings.get("zero_optimization", {}).get("stage", 0))
+    assert shards and teacher_folder and teacher_config and accumulation and num_steps and stage is not None
     return Checked(shards, teacher_folder, teacher_config, init_folder, stage, accumulation, num_steps)
 
 
@@ -86,6 +87,16 @@ def open_bert_pairs(folder: str) -> ShardSet:
             "bert-pairs - prepare them with --rows bert-pairs"
         )
     return shards
+
+
+def check_parallelism_of(config: RunConfig, settings: dict[str, Any], world_size: int) -> int:
+    return check_parallelism(
+        settings,
+        expert_parallel_size=config.engine.expert_parallel_size,
+        num_experts=1 if config.student.architecture == "dense" else config.student.num_experts,
+        world_size=world_size,
+        precision=config.engine.precision,
+    )
 
 
 def check_length(shards: ShardSet, teacher_config: dict[str, Any]) -> None:

@@ -41,8 +41,8 @@ class DenseStudent(nn.Module):
         return Signals(valid_BT=batch.valid_BT, relations=last_layer_relations(self.backbone, batch))
 
     def served_model(self) -> PreTrainedModel:
-        """What users load: a plain BertModel."""
-        return self.backbone
+        """What users load: a plain BertModel, to be filled with the trained weights."""
+        return BertModel(self.backbone.config, add_pooling_layer=False)
 
 
 def routed(gate: nn.Linear, hidden_ND: Tensor, valid_N: Tensor, jitter: float) -> tuple[Routing, RouterSignals]:
@@ -136,10 +136,8 @@ class MiniMoEStudent(nn.Module):
         )
 
     def served_model(self) -> PreTrainedModel:
-        """What users load: the encoder alone, in its plain form."""
-        plain = MiniMoEModel(self.backbone.config)
-        plain.load_state_dict(self.backbone.state_dict())
-        return plain
+        """What users load: the encoder alone, in its plain form, to be filled with the trained weights."""
+        return MiniMoEModel(self.backbone.config)
 
 
 def build_student(

@@ -1,0 +1,59 @@
+"""Starts ranks of `engine_worker` and returns what they measured."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from launching import PROJECT, environment, free_port
+
+WORKER = Path(__file__).with_name("engine_worker.py")
+
+
+def run_cases(recipe: Path, cases: dict[str, dict], *, ranks: int, folder: Path, timeout: float = 150) -> dict:
+    """Runs the cases one after the other in one process group of `ranks` gloo ranks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cases.json").write_text(json.dumps(cases))
+    shared = environment(
+        WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(free_port()),
+        PYTHONPATH=os.pathsep.join(str(PROJECT / part) for part in (".", "kernels", "tests")),
+    )
+    command = [sys.executable, str(WORKER), str(folder / "cases.json"), str(recipe), str(folder)]
+    processes = []
+    try:
+        for rank in range(ranks):
+            with (folder / f"rank-{rank}.log").open("w") as log:
+                processes.append(
+                    subprocess.Popen(
+                        command,
+                        cwd=PROJECT,
+                        env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                    )
+                )
+        deadline = time.monotonic() + timeout
+        while any(process.poll() is None for process in processes):
+            failed = [process for process in processes if process.poll() not in (None, 0)]
+            if failed or time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        codes = [process.poll() for process in processes]
+    finally:
+        for process in processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    logs = "\n".join((folder / f"rank-{rank}.log").read_text()[-4000:] for rank in range(ranks))
+    assert codes == [0] * ranks, f"exit codes {codes}\n{logs}"
+    results: dict = {}
+    for line in (folder / "results.jsonl").read_text().splitlines():
+        results |= json.loads(line)
+    return results

@@ -1,0 +1,192 @@
+"""One rank of several small trainings, each compared with a bare single-process loop over the same global batches.
+
+Started by `engine_launching.run_cases` with a file of cases; starting ranks costs more than training them.
+"""
+
+import json
+import sys
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import checkpoints
+from pipeline.batches import BatchPlan
+from pipeline.config import RunConfig, load_run_config
+from pipeline.distill import build_models
+from pipeline.losses import LOSSES
+from pipeline.optimizer import parameter_groups
+from pipeline.parallel import gradient_norm, join, replicated_gradient_norm, start_engine
+from pipeline.preflight import check_run
+from pipeline.ranks import place_from_environment
+from pipeline.state_pieces import held_pieces, updates_taken
+
+RATES = (1e-3, 8e-4, 6e-4, 4e-4, 2e-4, 1e-4)
+STILL = ("--student.dropout", "0", "--student.router_jitter", "0")
+WEIGHTS = {"relation_kl": 1.0, "balance": 0.5, "router_z": 0.01}
+
+
+def summed_loss(student: Any, teacher: Any, config: RunConfig) -> torch.Tensor:
+    return sum(weight * LOSSES[name](student, teacher, config.loss) for name, weight in WEIGHTS.items())
+
+
+def with_shares(seen: Any, loads: dict[str, torch.Tensor], num_tokens: int) -> Any:
+    routers = {
+        name: replace(router, load_share_E=loads[name].float() / num_tokens) for name, router in seen.routers.items()
+    }
+    return replace(seen, routers=routers)
+
+
+class BareLoop:
+    """What every cut of the work must equal: one process, the whole batch at once, plain torch."""
+
+    def __init__(self, config: RunConfig, checked: Any, prepare: Any):
+        self.config = config = replace(config, batch=replace(config.batch, micro_size=config.batch.global_size))
+        self.student, self.teacher = build_models(config, checked)
+        prepare(self.student)
+        self.plan = BatchPlan(checked.shards, config.batch, config.data.order_seed, 0, 1)
+        self.adam = torch.optim.AdamW(
+            parameter_groups(self.student, config.optimizer.weight_decay),
+            lr=1.0,
+            betas=config.optimizer.betas,
+            eps=config.optimizer.epsilon,
+        )
+
+    def step(self, step: int) -> tuple[float, float]:
+        """Loss per token and gradient norm of a step."""
+        data = self.plan.step_data(step)
+        (batch,) = data.micro_batches
+        seen = self.student(batch)
+        loads = {name: router.tokens_per_expert_E for name, router in seen.routers.items()}
+        seen = with_shares(seen, loads, data.num_valid_tokens)
+        loss = summed_loss(seen, self.teacher(batch), self.config) / data.num_valid_tokens
+        loss.backward()
+        parameters = [p for p in self.student.parameters() if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.optimizer.max_grad_norm or float("inf"))
+        for group in self.adam.param_groups:
+            group["lr"] = RATES[step]
+        self.adam.step()
+        self.adam.zero_grad()
+        return float(loss.detach()), float(norm)
+
+
+class EngineLoop:
+    """The same steps on a DeepSpeed engine, this process being one of its ranks."""
+
+    def __init__(self, config: RunConfig, checked: Any, ranks: Any, prepare: Any):
+        self.config, self.ranks = config, ranks
+        self.student, self.teacher = build_models(config, checked)
+        prepare(self.student)
+        self.engine = start_engine(self.student, config, ranks)
+        self.student.train()
+        if config.engine.activation_checkpointing:
+            self.student.backbone.gradient_checkpointing_enable()
+        self.plan = BatchPlan(checked.shards, config.batch, config.data.order_seed, ranks.rank, ranks.world_size)
+        self.topology = checkpoints.Topology(
+            ranks.world_size, checked.zero_stage, config.engine.precision, config.engine.expert_parallel_size
+        )
+
+    def step(self, step: int) -> tuple[float, float]:
+        data, ranks, engine = self.plan.step_data(step), self.ranks, self.engine
+        num_tokens = sum(ranks.gather(data.num_valid_tokens))
+        loads: dict[str, Any] = {}
+        with torch.no_grad():
+            for batch in data.micro_batches:
+                for name, router in engine(batch).routers.items():
+                    loads[name] = loads.get(name, 0) + router.tokens_per_expert_E
+        for load in loads.values():
+            torch.distributed.all_reduce(load)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = RATES[step]
+        scale, total, norm = len(data.micro_batches) * ranks.world_size / num_tokens, 0.0, None
+        for batch in data.micro_batches:
+            seen_by_teacher = self.teacher(batch)
+            seen = with_shares(engine(batch), loads, num_tokens)
+            loss = summed_loss(seen, seen_by_teacher, self.config)
+            engine.backward(loss * scale)
+            norm = replicated_gradient_norm(engine)
+            engine.step()
+            total += float(loss.detach())
+        return sum(ranks.gather(total)) / num_tokens, norm or gradient_norm(engine)
+
+    def compared_with(self, bare: BareLoop) -> dict[str, float]:
+        """The largest difference of any weight and moment on any rank, and the parameters that no rank holds."""
+        parameters = dict(bare.student.named_parameters())
+        largest = dict.fromkeys(("weight", "exp_avg", "exp_avg_sq"), 0.0)
+        covered: dict[str, int] = {}
+        for piece in held_pieces(self.engine):
+            whole = parameters[piece.name]
+            expected = {"weight": whole.detach(), **bare.adam.state.get(whole, {})}
+            assert piece.shape == tuple(whole.shape), (piece.name, piece.shape, whole.shape)
+            for name, view in piece.views.items():
+                wanted = expected[name].flatten()[piece.start : piece.start + piece.numel]
+                largest[name] = max(largest[name], float((view - wanted).abs().max()))
+            covered[piece.name] = covered.get(piece.name, 0) + len(range(*piece.owned.indices(piece.numel)))
+        everywhere = self.ranks.gather((largest, covered))
+        for name, whole in parameters.items():
+            numel = sum(part[1].get(name, 0) for part in everywhere)
+            assert numel == whole.numel(), f"{name}: {numel} of {whole.numel()} elements are written"
+        return {name: max(part[0][name] for part in everywhere) for name in largest}
+
+
+def starve_an_expert(student: Any) -> None:
+    """The last expert of the last layer gets no token, on any rank."""
+    with torch.no_grad():
+        student.backbone.layers[-1].moe.gate.bias[-1] = -100.0
+
+
+def run_case(case: dict[str, Any], recipe: str, ranks: Any) -> dict[str, Any]:
+    config = load_run_config(recipe, [*STILL, *case.get("flags", [])])
+    checked = check_run(config, ranks.world_size)
+    prepare = starve_an_expert if case.get("starve") else lambda student: None
+    bare = BareLoop(config, checked, prepare)
+    loop = EngineLoop(config, checked, ranks, prepare)
+    first, last = case.get("steps", [0, 3])
+    result: dict[str, Any] = {"loss": [], "norm": []}
+    if "resume" in case:
+        expected = [bare.step(step) for step in range(first)]
+        assert expected
+        path = Path(case["resume"])
+        record = checkpoints.verified_record(path)
+        checkpoints.load(path, record, loop.engine, ranks, loop.topology, seed=0)
+        result["after load"] = loop.compared_with(bare)
+        assert updates_taken(loop.engine) == first
+    for step in range(first, last):
+        (wanted, wanted_norm), (loss, norm) = bare.step(step), loop.step(step)
+        result["loss"].append(abs(loss - wanted))
+        result["norm"].append(abs(norm - wanted_norm))
+    result |= loop.compared_with(bare)
+    result["experts here"] = next((len(p) for n, p in loop.student.named_parameters() if n.endswith("experts.w1")), 0)
+    if "save" in case:
+        position = checkpoints.Position(last, 0)
+        saved = checkpoints.save(
+            Path(case["save"]), loop.engine, ranks, position=position, topology=loop.topology, rank_state={},
+            fingerprints={},
+        )  # fmt: skip
+        result["saved"] = str(saved)
+    loop.engine.destroy()
+    return result
+
+
+def main() -> int:
+    cases, recipe, out = json.loads(Path(sys.argv[1]).read_text()), sys.argv[2], Path(sys.argv[3])
+    ranks = join(place_from_environment(), 1.0)
+    for name, case in cases.items():
+        print(f"rank {ranks.rank}: {name}", flush=True)
+        try:
+            result = run_case(case, recipe, ranks)
+        except Exception:
+            traceback.print_exc()
+            return 1
+        if ranks.rank == 0:
+            with (out / "results.jsonl").open("a") as file:
+                file.write(json.dumps({name: result}) + "\n")
+    ranks.barrier()
+    torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
