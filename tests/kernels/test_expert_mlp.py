@@ -190,3 +190,24 @@ def test_refusals_name_the_argument_and_both_values():
     ):
         with pytest.raises(ValueError, match=words):
             expert_mlp(arguments[0], routing, *arguments[1:3], **arguments[3])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_nothing_waits_for_the_gpu():
+    hidden_ND = torch.randn(1000, 64, device="cuda", requires_grad=True)
+    weights = [torch.randn(4, *shape, device="cuda", requires_grad=True) for shape in ((96, 64), (64, 96))]
+    upstream_ND = torch.randn_like(hidden_ND)
+    valid_N = torch.arange(1000, device="cuda") < 900
+
+    def step():
+        routing = route(hidden_ND[:, :4], top_k=2, renormalize=True, valid_N=valid_N)
+        torch.autograd.grad(expert_mlp(hidden_ND, routing, *weights), [hidden_ND, *weights], upstream_ND)
+
+    step()  # tunes and compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

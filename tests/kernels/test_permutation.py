@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_cases import CASES, assert_close, draw, draw_logits, draw_valid
 
-from capgap_kernels import combine, permute, reference, route, use_backend
+from capgap_kernels import combine, expert_mlp, permute, reference, route, use_backend
 
 BACKENDS = ["eager", "triton"]
 
@@ -112,3 +112,26 @@ def test_refusals_name_the_argument_and_both_values():
         permute(torch.zeros(5, 3), routing)
     with pytest.raises(ValueError, match=r"permuted_MD must be \[12, D\].*\(6, 3\)"):
         combine(torch.zeros(6, 3), routing)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the interpreter executes")
+@pytest.mark.parametrize(("top_k", "launches_of_experts"), [(1, 2), (3, 3)])
+def test_a_layer_is_few_launches(top_k, launches_of_experts, monkeypatch):
+    from triton.runtime.interpreter import GridExecutor
+
+    launched = []
+    execute = GridExecutor.__call__
+
+    def execute_and_count(self, *arguments, **options):
+        launched.append(self.fn.__name__)
+        return execute(self, *arguments, **options)
+
+    monkeypatch.setattr(GridExecutor, "__call__", execute_and_count)
+    hidden_ND, weight = draw(20, 8, seed=0).float(), draw(4, 8, 8, seed=1).float()
+    with use_backend("triton"), torch.no_grad():
+        routing = route(draw(20, 4, seed=2).float(), top_k=top_k)
+        assert len(launched) == 3
+        combine(permute(hidden_ND, routing), routing)
+        assert len(launched) == 5
+        expert_mlp(hidden_ND, routing, weight, weight)
+        assert len(launched) == 5 + launches_of_experts
