@@ -73,6 +73,9 @@ class Result:
 def main(argv: list[str] | None = None) -> int:
     config = tyro.cli(ScoreConfig, args=argv, prog="capgap score")
     tasks = {name: TASKS[name] for name in expand_tasks(config.tasks)}
+    expand_tasks(
+        [*config.settings.learning_rate_of], flag="--learning-rate-of"
+    )  # a misspelt name would be ignored without a word
     # Missing files and wrong names show before torch is imported.
     data_hashes = {
         name: {path.name: file_hash(path) for path in task.files(config.data)} for name, task in tasks.items()
@@ -105,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def expand_tasks(names: Sequence[str]) -> list[str]:
+def expand_tasks(names: Sequence[str], *, flag: str = "--tasks") -> list[str]:
     """Task names with groups replaced by their members, each once; ConfigError with a hint for an unknown name."""
     known = [*GROUPS, *TASKS]
     expanded: list[str] = []
@@ -113,7 +116,7 @@ def expand_tasks(names: Sequence[str]) -> list[str]:
         if name not in known:
             close = difflib.get_close_matches(name.lower().replace("-", "").replace("_", ""), known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"choose from {' '.join(known)}"
-            raise ConfigError(f"cannot score: --tasks ({name}) - no such task - {hint}")
+            raise ConfigError(f"cannot score: {flag} ({name}) - no such task - {hint}")
         expanded += [member for member in GROUPS.get(name, (name,)) if member not in expanded]
     return expanded
 
@@ -123,9 +126,9 @@ def units_of(name: str, task: Task, config: ScoreConfig) -> list[Unit]:
     if not task.seeded:
         return [Unit(name)]
     seeds = range(config.first_seed, config.first_seed + config.seeds)
-    return [
-        Unit(name, seed=seed, learning_rate=rate) for rate in task.learning_rates(config.settings) for seed in seeds
-    ]
+    own = config.settings.learning_rate_of.get(name)
+    rates = task.learning_rates(config.settings) if own is None else (own,)
+    return [Unit(name, seed=seed, learning_rate=rate) for rate in rates for seed in seeds]
 
 
 def refuse_another_model(path: Path, *, config: ScoreConfig, fingerprint: str) -> None:

@@ -1,6 +1,6 @@
 """How an evaluation task is run: what a user may set, shared by all tasks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from data_prep.errors import ConfigError
@@ -14,6 +14,8 @@ class EvalSettings:
     """Passes over the training examples (3 for large GLUE tasks, 10 for small ones and NER)."""
     learning_rates: tuple[float, ...] = ()
     """Peak learning rate, or several to try: the best mean on the development set is kept. Default: the task's own."""
+    learning_rate_of: dict[str, float] = field(default_factory=dict)
+    """Peak learning rates of single tasks, as in `wikigold 3e-4 qnli 1e-4`; the other tasks take learning_rates."""
     batch_size: int = 32
     """Examples per optimizer step."""
     max_length: int | None = None
@@ -45,8 +47,8 @@ class EvalSettings:
                 raise ConfigError(f"cannot score: {name} ({value}) - must be at least 1 - give a positive number")
         if self.epochs is not None and self.epochs <= 0:
             raise ConfigError(f"cannot score: epochs ({self.epochs}) - must be above 0 - give a positive number")
-        if any(rate <= 0 for rate in self.learning_rates):
-            rates = " ".join(map(str, self.learning_rates))
+        if any(rate <= 0 for rate in (*self.learning_rates, *self.learning_rate_of.values())):
+            rates = " ".join(map(str, [*self.learning_rates, *self.learning_rate_of.values()]))
             raise ConfigError(f"cannot score: learning_rates ({rates}) - must be above 0 - 3e-5 is usual for BERT")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"cannot score: dropout ({self.dropout}) - is a probability - give 0 to below 1")

@@ -204,6 +204,12 @@ def test_bf16_runs(model, tmp_path):
     assert scores_of(tmp_path)["tasks"]["wikigold"]["settings"]["precision"] == "bf16"
 
 
+def test_a_task_can_have_a_learning_rate_of_its_own(model, tmp_path):
+    assert run(model, tmp_path, "--seeds", "1", *SMALL, "--learning-rate-of", "wikigold", "2e-4") == 0
+    tasks = scores_of(tmp_path)["tasks"]
+    assert (tasks["qnli"]["learning_rate"], tasks["wikigold"]["learning_rate"]) == (3e-5, 2e-4)
+
+
 def test_dropout_is_that_of_the_settings_whatever_the_model_says(model):
     from transformers import AutoModelForTokenClassification
 
@@ -223,6 +229,7 @@ def refused(capsys: pytest.CaptureFixture, code: int, expected_code: int, *parts
 def test_an_unknown_task_gets_a_suggestion(model, tmp_path, capsys):
     refused(capsys, run(model, tmp_path, tasks=("SST-2x",)), 2, "--tasks (SST-2x)", "did you mean sst2?")
     refused(capsys, run(model, tmp_path, tasks=("nothing",)), 2, "choose from glue ner")
+    refused(capsys, run(model, tmp_path, "--learning-rate-of", "wikigol", "1e-4"), 2, "did you mean wikigold?")
 
 
 def test_missing_task_data_is_refused_before_anything_runs(model, tmp_path, capsys):
