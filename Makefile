@@ -1,6 +1,7 @@
 # make demo    the whole road on bundled data, about 5 minutes on 2 cores
 # make test    lint, types and tests
-# Both create .venv first; nothing else is needed than python3 with venv, make and gcc.
+# make faults  the fault campaign, with its table
+# Each creates .venv first; nothing else is needed than python3 with venv, make and gcc.
 
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -37,9 +38,15 @@ lint: .venv/installed
 test: export OMP_NUM_THREADS ?= 1
 test: export DS_ACCELERATOR ?= cpu
 test: lint
-	pytest -q
+	pytest -q -m "not slow"
+
+# Every fault of tests/faults.py, the long campaigns too; ends with the table that stands in the README.
+faults: export OMP_NUM_THREADS ?= 1
+faults: export DS_ACCELERATOR ?= cpu
+faults: .venv/installed
+	pytest -q -m fault
 
 clean:
 	rm -rf demo-out runs .pytest_cache .mypy_cache .ruff_cache
 
-.PHONY: install demo lint test clean
+.PHONY: install demo lint test faults clean

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from faults import FAULTS
 from tiny_runs import RECIPE, write_rows, write_teacher
 
 
@@ -23,3 +24,30 @@ def recipe(tmp_path, teacher_folder, shards_folder) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(RECIPE.format(out=tmp_path / "run", shards=shards_folder, teacher=teacher_folder))
     return path
+
+
+def pytest_collection_modifyitems(items) -> None:
+    for item in items:
+        for mark in item.iter_markers("fault"):
+            assert set(mark.args) <= FAULTS.keys(), f"{item.nodeid}: no such fault in tests/faults.py: {mark.args}"
+            item.user_properties.extend(("fault", number) for number in mark.args)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """`pytest -m fault` ends with what was injected: tests record counts with record_property("injected", n)."""
+    if terminalreporter.config.option.markexpr != "fault":
+        return
+    table: dict[int, dict[str, int]] = {}
+    for outcome in ("passed", "failed", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            injected = sum(value for name, value in report.user_properties if name == "injected") or 1
+            for number in {value for name, value in report.user_properties if name == "fault"}:
+                row = table.setdefault(number, {"injected": 0, "passed": 0, "failed": 0, "skipped": 0})
+                row[outcome] += 1
+                row["injected"] += injected if outcome != "skipped" else 0
+    terminalreporter.section("faults")
+    terminalreporter.write_line(f"{'fault':52} {'injected':>8} {'tests':>6} {'failed':>6}")
+    for number, name in FAULTS.items():
+        row = table.get(number)
+        counts = f"{row['injected']:8} {row['passed'] + row['failed']:6} {row['failed']:6}" if row else "   no test"
+        terminalreporter.write_line(f"{number:2} {name:49} {counts}")

@@ -51,6 +51,7 @@ def poisoned_teacher(tmp_path, teacher_folder, shards_folder):
     return folder, steps
 
 
+@pytest.mark.fault(17)
 @pytest.mark.parametrize(
     ("ranks", "flags"), [(2, ("zero1", "fp32")), (2, ("zero2", "bf16")), (None, ("zero0", "fp32"))]
 )
@@ -66,6 +67,7 @@ def test_a_nan_skips_one_update_on_all_ranks_and_is_named(recipe, poisoned_teach
     assert all(weight.isfinite().all() for weight in exported_weights(run).values())
 
 
+@pytest.mark.fault(17)
 def test_nans_in_a_row_stop_the_run_with_a_finite_checkpoint(recipe, poisoned_teacher):
     import torch
     from safetensors.torch import load_file, save_file
@@ -81,6 +83,7 @@ def test_nans_in_a_row_stop_the_run_with_a_finite_checkpoint(recipe, poisoned_te
     assert (recipe.parent / "run" / "checkpoints" / "step-00000003" / "checkpoint.json").exists()
 
 
+@pytest.mark.fault(32)
 def test_a_stuck_rank_is_named_and_the_run_ends(recipe):
     flags = ["--config", str(recipe), "--steps", "2000", "--engine.timeout_minutes", "0.15"]
     ledger = recipe.parent / "run" / "ledger.jsonl"
@@ -97,6 +100,7 @@ def test_a_stuck_rank_is_named_and_the_run_ends(recipe):
     assert process.returncode != 0
 
 
+@pytest.mark.fault(2)
 def test_ranks_whose_launcher_is_killed_save_and_leave(recipe):
     flags = ["--config", str(recipe), "--steps", "2000", "--checkpoint.every_steps", "1000"]
     run = recipe.parent / "run"
@@ -113,6 +117,7 @@ def test_ranks_whose_launcher_is_killed_save_and_leave(recipe):
     assert len(saved) == 1, "no checkpoint was saved at the end of the step"
 
 
+@pytest.mark.fault(21)
 def test_a_second_job_in_the_same_folder_is_refused_and_a_killed_one_leaves_no_lock(recipe):
     flags = ["--config", str(recipe), "--steps", "500"]
     ledger = recipe.parent / "run" / "ledger.jsonl"

@@ -1,5 +1,6 @@
 """What is noticed while a run goes on, and what a user reads when it breaks."""
 
+import pytest
 import torch
 
 from pipeline.config import load_run_config
@@ -15,6 +16,7 @@ def test_the_health_of_an_even_a_skewed_and_a_collapsed_router():
     assert collapsed == {"max_violation": 3.0, "dead_share": 0.75, "effective_share": 0.25}
 
 
+@pytest.mark.fault(25)
 def test_a_collapse_is_told_once_and_a_healthy_router_never():
     alarms = Alarms()
     told = []
@@ -35,6 +37,7 @@ def test_a_loss_that_jumps_is_told_and_a_noisy_one_is_not():
     assert "2 times the median" in alarms.notices(100, {"train/loss": 2.5})[0]
 
 
+@pytest.mark.fault(32)
 def test_a_hang_names_the_rank_that_did_not_arrive(capfd):
     import threading
 
@@ -51,6 +54,7 @@ def test_a_hang_names_the_rank_that_did_not_arrive(capfd):
     assert "Current thread" in told or "Thread 0x" in told, "no stacks"
 
 
+@pytest.mark.fault(23)
 def test_out_of_memory_names_the_batch_and_three_mends_in_order(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(out=tmp_path / "run", shards="s", teacher="t"))
