@@ -189,10 +189,10 @@ class _LinearKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND: Tensor, head_VD: Tensor, bias_V: Tensor | None, job: _Job):
         device, dtype = hidden_ND.device, hidden_ND.dtype
-        if torch.is_autocast_enabled(device.type):
+        backend = backend_of(hidden_ND)
+        # Autocast leaves float64 alone, here as everywhere.
+        if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device.type)
-        # The Triton kernels compute in float32, so float64 is computed in PyTorch on a GPU too.
-        backend = "eager" if dtype == torch.float64 else backend_of(hidden_ND)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         gradients = [
             torch.zeros(leaf.shape, dtype=own, device=device) if leaf is not None and needed else None

@@ -37,9 +37,7 @@ def relation_kl(
     _check("student", student, valid_BT, num_relation_heads)
     _check("teacher", teacher, valid_BT, num_relation_heads)
     teacher = tuple(projected_BTD.detach() for projected_BTD in teacher)  # type: ignore[assignment]
-    # Triton has no float64 matrix product, so float64 is computed in PyTorch on a GPU too.
-    in_triton = backend_of(student[0]) == "triton" and student[0].dtype != torch.float64
-    loss = _TritonRelationKL if in_triton else _EagerRelationKL
+    loss = _TritonRelationKL if backend_of(student[0]) == "triton" else _EagerRelationKL
     return loss.apply(valid_BT, num_relation_heads, *student, *teacher)
 
 

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from largest_tensor import LargestTensor
 from torch import Tensor
 
 from capgap_kernels import reference
@@ -304,6 +305,28 @@ def test_a_frozen_head_receives_no_gradient_and_scoring_needs_none(backend):
     assert not scored.loss_sum.requires_grad
     assert scored.kl_sum == trained.kl_sum
     assert scored.ce_sum == trained.ce_sum
+
+
+def test_no_tensor_grows_with_tokens_times_vocabulary(backend, small_chunks):
+    """A chunk is 16 tokens here, so 64 tokens must not need a tensor larger than 16 x 201."""
+    case = draw(64, 5, 201)
+    with LargestTensor() as largest:
+        sums_and_gradients(linear_kl, case, dtype=torch.float32, ce_weight=0.5, valid_N=None)
+    assert largest.num_bytes <= 4 * 16 * 201
+
+
+def test_two_runs_are_equal_bit_for_bit(backend, small_chunks):
+    runs = [sums_and_gradients(linear_kl, draw(20, 5, 40), dtype=torch.float32, ce_weight=0.5) for _ in range(2)]
+    assert runs[0][0].loss_sum == runs[1][0].loss_sum
+    for name in NAMES:
+        assert torch.equal(runs[0][1][name], runs[1][1][name])
+
+
+def test_no_tokens_at_all_are_a_zero(backend):
+    hidden, head = torch.zeros(0, 4, requires_grad=True), torch.ones(9, 4, requires_grad=True)
+    linear_kl(hidden, head, TeacherLogits(torch.zeros(0, 9))).loss_sum.backward()
+    assert hidden.grad is not None and head.grad is not None
+    assert not head.grad.any()
 
 
 def test_a_second_backward_says_why_it_cannot():

@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 import torch
+from largest_tensor import LargestTensor
 from torch import Tensor
 
 from capgap_kernels import reference
@@ -187,6 +188,23 @@ def test_large_scores_stay_finite(backend):
     value, _ = value_and_gradients(relation_kl, student, teacher, valid_BT, 2, dtype=torch.float32)
     expected, _ = value_and_gradients(reference.relation_kl, student, teacher, valid_BT, 2, dtype=torch.float64)
     assert_close(value, expected, relative=1e-6, what="value")
+
+
+def test_no_matrix_of_all_scores_exists(backend, monkeypatch):
+    """Scores of 2 rows, 2 heads and 40 tokens are 6400 numbers, a chunk of them 1600."""
+    monkeypatch.setattr(importlib.import_module("capgap_kernels.relation_kl"), "CHUNK_SCORES", 1600)
+    student, teacher, valid_BT = draw(2, 40, 4, seed=0), draw(2, 40, 4, seed=1), torch.ones(2, 40, dtype=torch.bool)
+    with LargestTensor() as largest:
+        value_and_gradients(relation_kl, student, teacher, valid_BT, 2, dtype=torch.float32)
+    assert largest.num_bytes <= 4 * 1600
+
+
+def test_two_runs_are_equal_bit_for_bit(backend):
+    student, teacher, valid_BT = draw(2, 20, 8, seed=0), draw(2, 20, 8, seed=1), some_padding(2, 20)
+    runs = [value_and_gradients(relation_kl, student, teacher, valid_BT, 2, dtype=torch.float32) for _ in range(2)]
+    assert runs[0][0] == runs[1][0]
+    for name in NAMES:
+        assert torch.equal(runs[0][1][name], runs[1][1][name])
 
 
 @pytest.mark.parametrize(
