@@ -206,7 +206,7 @@ def score_notes(models: list[Model]) -> list[str]:
         if first.learning_rate is not None:
             rates = ", ".join(dict.fromkeys(f"{task.learning_rate:g}" for _, task in entries))
             epochs, batch_size = first.settings["epochs"], first.settings["batch_size"]
-            note += f", {epochs:g} epochs, batch {batch_size}, learning rate {rates}"
+            note += f", {epochs:g} epoch{'' if epochs == 1 else 's'}, batch {batch_size}, learning rate {rates}"
             if any(task.num_rates > 1 for _, task in entries):
                 note += " (the best of several on the development set)"
             note += f", {first.num_seeds} seeds" if first.num_seeds != 1 else ", one seed"
@@ -292,7 +292,9 @@ def loss_charts(runs: list[Run], colours: dict[str, str]) -> list[dict[str, str]
         ]
         # A part that only repeats the whole loss (a single loss) would say the same thing twice.
         if lines and not all(name in parts and same_curve(run, name) for run in runs if name in run.curves.scalars):
-            charts.append({"title": title, "svg": line_chart(lines, title=title)})
+            charts.append(
+                {"title": title, "svg": line_chart(lines, title=title, may_be_logarithmic=name != "learning_rate")}
+            )
     return charts
 
 
@@ -343,13 +345,18 @@ def router_sections(runs: list[Run]) -> list[dict[str, Any]]:
                 note += f"; router entropy {entropy[1][-1]:.2f} of at most {math.log(len(last)):.2f}"
             layers.append(
                 {
-                    "title": f"Layer {layer}",
+                    "title": layer_title(layer),
                     "note": note,
-                    "svg": heat_map(binned_loads(steps, shares, columns), title=f"Layer {layer}"),
+                    "svg": heat_map(binned_loads(steps, shares, columns), title=layer_title(layer)),
                 }
             )
         sections.append({"name": run.name, "layers": layers})
     return sections
+
+
+def layer_title(name: str) -> str:
+    """`layers.0.moe`, as a router is logged, for people: Layer 0, moe."""
+    return "Layer " + ", ".join(name.removeprefix("layers.").split("."))
 
 
 def run_details(run: Run, colour: str) -> dict[str, Any]:

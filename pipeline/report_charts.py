@@ -65,17 +65,19 @@ def short_number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def line_chart(lines: Sequence[Line], *, title: str, x_label: str = "step", height: int = 230) -> str:
+def line_chart(
+    lines: Sequence[Line], *, title: str, may_be_logarithmic: bool = True, x_label: str = "step", height: int = 230
+) -> str:
     """Curves over steps with a faint band from the lowest to the highest value behind each mean.
 
-    The vertical axis is logarithmic when the values are positive and span more than a factor of 20.
+    The vertical axis is logarithmic, where it may be, when the values are positive and span more than a factor of 20.
     """
     lines = [line for line in lines if line.points]
     xs = [point[0] for line in lines for point in line.points]
     means = [point[1] for line in lines for point in line.points]
     lows = [point[2] for line in lines for point in line.points]
     highs = [point[3] for line in lines for point in line.points]
-    is_log = min(lows) > 0 and max(means) / min(means) > 20
+    is_log = may_be_logarithmic and min(lows) > 0 and max(means) / min(means) > 20
     bottom, top = height - 34, 10
     left, right = MARGIN_LEFT, WIDTH - MARGIN_RIGHT
     if is_log:
