@@ -39,18 +39,18 @@ ENCODE_CHARACTERS = 2_000_000  # handed to the tokenizer at once, so that memory
 class PartOptions:
     """What decides a part's rows, beside its documents."""
 
-    rows: Rows
-    length: int
-    seed: int
-    pairing: Pairing
-    short_row_probability: float
-    packing: Packing
-    cleaner: str
-    drop_disambiguation: bool
-    drop_duplicate_paragraphs: bool
-    min_characters: int
-    page_seconds: float
-    read: ReadOptions
+    rows: Rows = "text"
+    length: int = 0
+    seed: int = 0
+    pairing: Pairing = "consecutive"
+    short_row_probability: float = 0.1
+    packing: Packing = "back-to-back"
+    cleaner: str = "single-pass"
+    drop_disambiguation: bool = True
+    drop_duplicate_paragraphs: bool = False
+    min_characters: int = 100
+    page_seconds: float = 20.0
+    read: ReadOptions = field(default_factory=ReadOptions)
 
 
 @dataclass

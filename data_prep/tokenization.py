@@ -284,6 +284,7 @@ class MemoEngine:
         self._tokenizer = tokenizer
         self._scheme = scheme
         self._dtype = id_dtype(tokenizer.get_vocab_size())
+        self._special = _special_pattern(tokenizer)
         self._forget()
 
     def _forget(self) -> None:
@@ -340,21 +341,19 @@ class MemoEngine:
         else:
             # A call per piece costs more than the piece: many go as one text, with a special token between them.
             mark, mark_id = self._scheme.separator
-            written = [piece.replace(mark, "") for piece in pieces]
-            self._tokenizer.encode_special_tokens = False
+            alone = {index for index, piece in enumerate(pieces) if self._special.search(piece) or piece == END}
+            written = ["" if index in alone else piece for index, piece in enumerate(pieces)]
             batches = [mark.join(written[start : start + 256]) for start in range(0, len(written), 256)]
+            self._tokenizer.encode_special_tokens = False
             for encoding in self._tokenizer.encode_batch_fast(batches, add_special_tokens=False):
                 ids = encoding.ids
                 cuts = [index for index, token in enumerate(ids) if token == mark_id]
-                lists += [
-                    ids[start:cut] for start, cut in zip([0, *(c + 1 for c in cuts)], [*cuts, len(ids)], strict=True)
-                ]
+                starts = [0, *(cut + 1 for cut in cuts)]
+                lists += [ids[start:cut] for start, cut in zip(starts, [*cuts, len(ids)], strict=True)]
             self._tokenizer.encode_special_tokens = True
-            for index, piece in enumerate(pieces):
-                if mark in piece:
-                    lists[index] = self._tokenizer.encode(piece, add_special_tokens=False).ids
-                elif piece == END:
-                    lists[index] = ()
+            for index in alone:
+                if pieces[index] != END:
+                    lists[index] = self._tokenizer.encode(pieces[index], add_special_tokens=False).ids
         learnt = _tokens(lists, self._dtype)
         self._ids = np.concatenate([self._ids, learnt.ids])
         self._counts = np.concatenate([self._counts, learnt.counts])
@@ -450,15 +449,14 @@ def _optional(package: str) -> Any:
         ) from None
 
 
-def _special_pattern(tokenizer: Any) -> re.Pattern[str] | None:
+def _special_pattern(tokenizer: Any) -> re.Pattern[str]:
+    """Finds the written names of added tokens; nothing, when there are none."""
     added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
-    return re.compile("|".join(map(re.escape, added))) if added else None
+    return re.compile("|".join(map(re.escape, added)) or r"(?!)")
 
 
-def _mend_special(tokens: Tokens, texts: Sequence[str], special: re.Pattern[str] | None, reference: Engine) -> Tokens:
+def _mend_special(tokens: Tokens, texts: Sequence[str], special: re.Pattern[str], reference: Engine) -> Tokens:
     """Encodes again, by the reference, the rare texts in which the name of a special token is written."""
-    if special is None:
-        return tokens
     marked = [index for index, text in enumerate(texts) if special.search(text)]
     if not marked:
         return tokens
