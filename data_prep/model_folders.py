@@ -59,17 +59,27 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise DataError(f"model file missing: {path} - a model folder needs its config - copy or download it again")
+    return _read_object(path)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path}: not readable as JSON ({error}) - download it again") from error
+    if not isinstance(value, dict) or not value:
+        raise DataError(f"{path}: holds no JSON object with content - download it again")
+    return value
 
 
 def check_weights(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder; DataError names the first that is missing."""
+    """The safetensors files of a model folder; DataError names the first that is missing or cut short."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        places = _read_object(index).get("weight_map")
+        if not isinstance(places, dict):
+            raise DataError(f"{index}: has no weight_map - download it again")
+        names = sorted(set(places.values()))
     else:
         names = ["model.safetensors"]
     for name in names:
@@ -77,4 +87,21 @@ def check_weights(folder: Path) -> list[Path]:
             other = "; its pytorch_model.bin is a pickle, which we do not open: convert it to safetensors"
             note = other if (folder / "pytorch_model.bin").is_file() else ""
             raise DataError(f"model file missing: {folder / name} - weights are needed - download it again{note}")
+        _check_size(folder / name)
     return [folder / name for name in names]
+
+
+def _check_size(path: Path) -> None:
+    """A safetensors file says in its header how long it is; the loader would say so only after minutes."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(header_size)) if header_size < size else None
+        except ValueError:
+            header = None
+    if not isinstance(header, dict):
+        raise DataError(f"{path}: is no whole safetensors file ({size} bytes) - download it again")
+    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    if size != 8 + header_size + end:
+        raise DataError(f"{path}: has {size} bytes, its header says {8 + header_size + end} - download it again")
