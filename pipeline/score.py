@@ -84,6 +84,8 @@ def main(argv: list[str] | None = None) -> int:
     from pipeline.eval_tasks.loading import ModelSource
 
     source = ModelSource.find(config.model, trust_remote_code=config.trust_remote_code)
+    for name, task in tasks.items():
+        refuse_long_rows(name, task.resolved(config.settings).get("max_length"), source.num_positions)
     fingerprint = source.fingerprint()
     folder = config.out / "scores"
     make_folder(folder)
@@ -129,6 +131,14 @@ def units_of(name: str, task: Task, config: ScoreConfig) -> list[Unit]:
     own = config.settings.learning_rate_of.get(name)
     rates = task.learning_rates(config.settings) if own is None else (own,)
     return [Unit(name, seed=seed, learning_rate=rate) for rate in rates for seed in seeds]
+
+
+def refuse_long_rows(task: str, max_length: int | None, num_positions: int | None) -> None:
+    if max_length and num_positions and max_length > num_positions:
+        raise ConfigError(
+            f"cannot score {task}: --max-length ({max_length}) - the model has {num_positions} positions - "
+            f"give --max-length {num_positions} or less"
+        )
 
 
 def refuse_another_model(path: Path, *, config: ScoreConfig, fingerprint: str) -> None:

@@ -37,6 +37,11 @@ class ModelSource:
             )
         return ModelSource(folder, trust_remote_code)
 
+    @property
+    def num_positions(self) -> int | None:
+        """The longest row the model was made for; None when its config does not say."""
+        return read_model_config(self.folder).get("max_position_embeddings")
+
     def dropout(self, probability: float) -> dict[str, float]:
         """The options of `model` that set dropout, under the names that this model's config has for it."""
         config = read_model_config(self.folder)

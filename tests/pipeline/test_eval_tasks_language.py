@@ -39,7 +39,7 @@ def save_language_model(folder: Path, *, seed: int = 0, vocab_size: int = 257) -
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=4096,
         bos_token_id=256,
         eos_token_id=256,
     )

@@ -251,6 +251,10 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(model, scored, ca
     refused(capsys, code, 2, "batch_size (4)", "scored with batch_size 8", "choose another --out")
 
 
+def test_rows_longer_than_the_models_positions_are_refused(model, tmp_path, capsys):
+    refused(capsys, run(model, tmp_path, "--max-length", "256"), 2, "--max-length (256)", "has 128 positions")
+
+
 def test_another_model_in_the_same_folder_is_refused(scored, tmp_path, capsys):
     other = save_model(tmp_path / "other", seed=1)
     refused(capsys, run(other, scored, "--seeds", "2", *SMALL), 2, "another model", "choose another --out")
