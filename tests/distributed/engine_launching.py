@@ -8,10 +8,44 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from launching import PROJECT, environment, free_port
 
 WORKER = Path(__file__).with_name("engine_worker.py")
+
+
+def case(
+    zero: str,
+    *,
+    experts: int = 1,
+    micro: int = 16,
+    clip: float = 5.0,
+    precision: str = "fp32",
+    recompute: bool = False,
+    starve: bool = False,
+    resume: str | None = None,
+    save: Path | None = None,
+) -> dict[str, Any]:
+    """Three steps of the global batch under a ZeRO config, with `experts` ranks sharing the experts of a layer.
+
+    `resume` goes on from a checkpoint after three steps for two more, `save` writes one after the last step.
+    """
+    flags = {
+        "engine.ds_config": f"ds_configs/{zero}.json",
+        "engine.expert_parallel_size": experts,
+        "engine.precision": precision,
+        "engine.activation_checkpointing": recompute,
+        "batch.micro_size": micro,
+        "optimizer.max_grad_norm": clip,
+    }
+    return {
+        "flags": [word for key, value in flags.items() for word in (f"--{key}", str(value).lower())],
+        "steps": [3, 5] if resume else [0, 3],
+        "starve": starve,
+        "resume": resume,
+        "save": save and str(save),
+    }
 
 
 def run_cases(recipe: Path, cases: dict[str, dict], *, ranks: int, folder: Path, timeout: float = 150) -> dict:

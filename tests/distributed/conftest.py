@@ -1,0 +1,42 @@
+"""Trainings of two and of four ranks that several tests look at: starting ranks costs more than training them."""
+
+import pytest
+from engine_launching import case, run_cases
+
+from tiny_runs import RECIPE
+
+
+@pytest.fixture(scope="session")
+def engine_recipe(tmp_path_factory, teacher_folder, shards_folder):
+    folder = tmp_path_factory.mktemp("engines")
+    path = folder / "recipe.yaml"
+    path.write_text(RECIPE.format(out=folder / "run", shards=shards_folder, teacher=teacher_folder))
+    return path
+
+
+@pytest.fixture(scope="session")
+def two_ranks(engine_recipe):
+    """Differences from the bare loop over three steps; `saved` is a checkpoint of the last one."""
+    folder = engine_recipe.parent / "two"
+    cases = {
+        "ZeRO 1": case("zero1", experts=2, micro=8, save=folder / "a"),
+        "ZeRO 2, accumulation, clipped": case("zero2", experts=2, micro=4, clip=0.05),
+        "ZeRO 3, an expert without tokens": case("zero3", experts=2, micro=4, starve=True),
+        "ZeRO 2 offloaded, recomputed": case("zero2_offload", experts=2, micro=8, recompute=True),
+        "ZeRO 3 offloaded, no experts shared": case("zero3_offload", micro=8),
+        "bf16": case("zero2", experts=2, micro=8, precision="bf16", save=folder / "b"),
+    }
+    return run_cases(engine_recipe, cases, ranks=2, folder=folder)
+
+
+@pytest.fixture(scope="session")
+def four_ranks(engine_recipe, two_ranks):
+    """The same on four ranks; the second case goes on from a checkpoint of two."""
+    folder = engine_recipe.parent / "four"
+    cases = {
+        "ZeRO 2, each rank one expert": case("zero2", experts=4, micro=4, clip=0.05, save=folder / "a"),
+        "ZeRO 3, from two ranks": case(
+            "zero3", experts=2, micro=2, resume=two_ranks["ZeRO 1"]["saved"], save=folder / "b"
+        ),
+    }
+    return run_cases(engine_recipe, cases, ranks=4, folder=folder)

@@ -1,0 +1,40 @@
+"""However experts, gradients and optimizer are spread over ranks, training is that of one process with one batch."""
+
+import pytest
+
+CLOSE = 1e-6
+
+
+def check_same_as_one_process(result):
+    for name in ("loss", "norm"):
+        assert max(result[name]) < CLOSE, (name, result[name])
+    for name in ("weight", "exp_avg", "exp_avg_sq"):
+        assert result[name] < CLOSE, (name, result[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "experts_here"),
+    [
+        ("ZeRO 1", 2),
+        ("ZeRO 2, accumulation, clipped", 2),
+        ("ZeRO 3, an expert without tokens", 2),
+        ("ZeRO 2 offloaded, recomputed", 2),
+        ("ZeRO 3 offloaded, no experts shared", 4),
+    ],
+)
+def test_two_ranks_equal_one_process(two_ranks, name, experts_here):
+    check_same_as_one_process(two_ranks[name])
+    assert two_ranks[name]["experts here"] == experts_here
+    if "clipped" in name:
+        assert min(two_ranks[name]["norms"]) > 0.05, "nothing was clipped"
+
+
+def test_bf16_follows_float32(two_ranks):
+    result = two_ranks["bf16"]
+    assert max(result["loss"]) < 0.02 * min(result["losses"])
+
+
+def test_four_ranks_with_one_expert_each_equal_one_process(four_ranks):
+    result = four_ranks["ZeRO 2, each rank one expert"]
+    check_same_as_one_process(result)
+    assert result["experts here"] == 1
