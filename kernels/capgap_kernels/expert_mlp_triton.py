@@ -239,7 +239,7 @@ def _add_product(
     return sum_MN
 
 
-@triton.autotune(configs=ROW_CONFIGS, key=["C", "W", "TWO"], prune_configs_by=PRUNE, cache_results=True)
+@triton.autotune(configs=ROW_CONFIGS, key=["C", "W", "TWO", "stride_bw"], prune_configs_by=PRUNE, cache_results=True)
 @triton.jit
 def contract_kernel(
     a_ptr,  # [M, C] contiguous
