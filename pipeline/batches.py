@@ -6,7 +6,8 @@ number of ranks, so a run can stop and go on with another number of ranks and se
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ def _as_u64(number: int) -> np.uint64:
     return np.uint64(number & 0xFFFFFFFFFFFFFFFF)
 
 
-def _mix(value):
+def _mix(value: Any) -> Any:
     """SplitMix64's finaliser: every input bit reaches every output bit."""
     with np.errstate(over="ignore"):
         value = (np.uint64(value) if np.isscalar(value) else value) + np.uint64(0x9E3779B97F4A7C15)
@@ -108,11 +109,11 @@ class BatchPlan:
             start = first + (index * self.world_size + self.rank) * self.batch.micro_size
             positions = np.arange(start, start + self.batch.micro_size)
             taken = sample_rows(start, start + self.batch.micro_size, num_rows=len(self.shards), seed=self.order_seed)
-            columns = self.shards.read(taken)
-            micro_batches.append(bert_batch(columns))
+            batch = BATCHES[self.shards.manifest.rows](self.shards.read(taken))
+            micro_batches.append(batch)
             rows.append(taken)
             digest += rows_digest(positions, taken)
-            num_valid += int(columns["length"].sum())
+            num_valid += int(batch.valid_BT.sum())
         return StepData(micro_batches, rows, num_valid, (digest + 2**63) % 2**64 - 2**63)
 
     def steps(self, start: int, stop: int) -> Iterator[StepData]:
@@ -136,6 +137,31 @@ def bert_batch(columns: dict[str, np.ndarray]) -> Batch:
     return Batch(input_ids, valid_BT, ((positions >= boundary) & valid_BT).long())
 
 
+def decoder_batch(columns: dict[str, np.ndarray]) -> Batch:
+    """A Batch from the columns of `lm-blocks` rows.
+
+    A document that was cut at the end of a row begins anew in the next. Each token of the padding is a document of its
+    own, so that no attention is empty and none reaches it.
+    """
+    input_ids = columns["input_ids"].astype(np.int64)
+    columns_T = np.arange(input_ids.shape[1])
+    is_padding_BT = columns_T >= columns["length"].astype(np.int64)[:, None]
+    goes_on_BT = np.zeros(input_ids.shape, bool)
+    goes_on_BT[:, 1:] = (np.diff(columns["document_index"].astype(np.int64), axis=1) == 0) & ~is_padding_BT[:, 1:]
+    first_BT = np.maximum.accumulate(np.where(goes_on_BT, 0, columns_T), axis=1)
+    labels_BT = np.full(input_ids.shape, -1)
+    labels_BT[:, :-1] = np.where(goes_on_BT[:, 1:], input_ids[:, 1:], -1)
+    return Batch(
+        torch.from_numpy(input_ids),
+        valid_BT=torch.from_numpy(labels_BT >= 0),
+        position_ids=torch.from_numpy(columns_T - first_BT),
+        labels_BT=torch.from_numpy(labels_BT),
+    )
+
+
+BATCHES = {"bert-pairs": bert_batch, "lm-blocks": decoder_batch}
+
+
 def _column(values: np.ndarray) -> Tensor:
     return torch.from_numpy(values.astype(np.int64)).unsqueeze(1)
 
@@ -144,5 +170,10 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on `device`; from a CPU it is copied without waiting."""
     if device.type == "cpu":
         return batch
-    parts = (batch.input_ids, batch.valid_BT, batch.token_type_ids)
-    return Batch(*(part.pin_memory().to(device, non_blocking=True) for part in parts))
+
+    def moved(part):
+        if isinstance(part, dict):
+            return {name: moved(tensor) for name, tensor in part.items()}
+        return None if part is None else part.pin_memory().to(device, non_blocking=True)
+
+    return Batch(**{part.name: moved(getattr(batch, part.name)) for part in fields(batch)})

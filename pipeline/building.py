@@ -27,7 +27,7 @@ def print_plan(config: RunConfig, checked: Checked, world_size: int) -> None:
         f"{checked.accumulation_steps} accumulation steps x {config.batch.micro_size} rows"
     )
     memory = estimate_memory(
-        student, teacher.encoder, config, zero_stage=checked.zero_stage, world_size=world_size, length=length
+        student, teacher, config, zero_stage=checked.zero_stage, world_size=world_size, length=length
     )
     print(f"memory per rank (estimate): {memory}")
     print(f"disk per checkpoint (estimate): {checkpoint_bytes(student) / 2**20:.0f} MiB")
@@ -38,49 +38,61 @@ def build_models(config: RunConfig, checked: Checked) -> tuple[Any, Any]:
     import torch
     import transformers
 
+    from pipeline.models.decoders import NoTeacher, build_decoder, load_causal_teacher
     from pipeline.models.students import build_student
     from pipeline.models.teachers import load_teacher
 
     # A dense encoder has no pooler and says so at length; a missing weight that matters is an error of ours.
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    if config.student.architecture == "decoder":
+        decoder = build_decoder(
+            config.student, checked.shards.manifest, init_folder=checked.init_folder, seed=config.seed
+        )
+        if checked.teacher_folder is None:
+            return decoder, NoTeacher()
+        return decoder, load_causal_teacher(checked.teacher_folder, config.teacher, dtype=dtype)
     student = build_student(
         config.student, teacher_config=checked.teacher_config, init_folder=checked.init_folder, seed=config.seed
     )
-    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    assert checked.teacher_folder is not None
     return student, load_teacher(checked.teacher_folder, config.teacher, dtype=dtype)
 
 
 def describe(config: RunConfig, checked: Checked, student: Any, teacher: Any) -> dict[str, dict[str, Any]]:
     """Sizes of student and teacher, as run.json and the report show them."""
-    from transformers import AutoConfig, AutoModel
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-    from pipeline.models.sizes import linear_macs, num_parameters
+    from pipeline.models.sizes import linear_macs, num_active_parameters, num_parameters
 
     length = checked.shards.manifest.length
     served = student.served_model()
-    import torch
-
-    # The teacher was cut at its relation layer; its size is that of the whole model.
-    with torch.device("meta"):
-        whole = AutoModel.from_config(
-            AutoConfig.from_pretrained(checked.teacher_folder, trust_remote_code=config.teacher.trust_remote_code)
-        )
-    return {
+    sizes = {
         "student": {
             "name": config.student.architecture,
             "parameters_training": num_parameters(student),
             "parameters_served": num_parameters(served),
+            "parameters_active": num_active_parameters(served),
             "linear_macs_per_sequence": linear_macs(served, length),
             "sequence_length": length,
-        },
-        "teacher": {
+        }
+    }
+    if checked.teacher_folder is not None:
+        # An encoder was cut at its relation layer; its size is that of the whole model.
+        loader = AutoModelForCausalLM if config.student.architecture == "decoder" else AutoModel
+        with torch.device("meta"):
+            whole = loader.from_config(
+                AutoConfig.from_pretrained(checked.teacher_folder, trust_remote_code=config.teacher.trust_remote_code)
+            )
+        sizes["teacher"] = {
             "name": config.teacher.model,
             "parameters_served": num_parameters(whole),
-            "linear_macs_per_sequence": linear_macs(whole.encoder, length),
+            "linear_macs_per_sequence": linear_macs(getattr(whole, "encoder", whole), length),
             "sequence_length": length,
-        },
-    }
+        }
+    return sizes
 
 
 def require_resources(config: RunConfig, checked: Checked, student: Any, teacher: Any, world_size: int) -> None:
@@ -93,7 +105,7 @@ def require_resources(config: RunConfig, checked: Checked, student: Any, teacher
     require_free_space(Path(config.out), 2 * checkpoint_bytes(student))
     need = estimate_memory(
         student,
-        teacher.encoder,
+        teacher,
         config,
         zero_stage=checked.zero_stage,
         world_size=world_size,

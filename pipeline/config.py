@@ -38,8 +38,10 @@ class DataConfig:
 class TeacherConfig:
     """The frozen model that is imitated."""
 
-    model: str = "???"
-    """Local folder, hub name, or `package:NAME` for a folder inside an installed Python package."""
+    model: str | None = "???"
+    """Local folder, hub name, or `package:NAME`; null trains a decoder on text alone (`capgap pretrain`)."""
+    cache: str | None = None
+    """Folder written by `capgap cache`, read instead of running the teacher. Decoders only."""
     revision: str | None = None
     """Hub revision; required together with trust_remote_code."""
     relation_layer: int = -1
@@ -52,14 +54,18 @@ class TeacherConfig:
 class StudentConfig:
     """The model that is trained."""
 
-    architecture: Literal["dense", "minimoe"] = "minimoe"
-    """`dense` is a plain BertModel, `minimoe` the mixture of minimal experts (arXiv 2305.12129)."""
+    architecture: Literal["dense", "minimoe", "decoder"] = "minimoe"
+    """`dense` is a plain BertModel, `minimoe` has minimal experts (arXiv 2305.12129), `decoder` is a causal LM."""
     num_hidden_layers: int = 3
     """Transformer blocks."""
     hidden_size: int = 384
     """Width of the hidden states."""
     num_attention_heads: int = 12
     """Attention heads."""
+    num_key_value_heads: int | None = None
+    """Key and value heads of a decoder built from these sizes; null takes num_attention_heads."""
+    tie_word_embeddings: bool = False
+    """Whether a decoder built from these sizes shares its embedding with its head."""
     intermediate_size: int = 1536
     """Width of each expert's (or the dense) feed-forward layer."""
     num_experts: int = 4
@@ -71,7 +77,13 @@ class StudentConfig:
     dropout: float = 0.0
     """Dropout on hidden states and attention in training."""
     init_from: str | None = None
-    """BERT-family folder of the same width to start from, or `teacher`; none starts from random weights."""
+    """Folder to start from, or `teacher`; none starts from random weights of the sizes above.
+
+    Encoders: a BERT-family folder of the same width. Decoders: any causal LM, whose own sizes then count: one written
+    by `capgap prune`, `capgap upcycle` or an earlier run.
+    """
+    random_weights: bool = False
+    """Decoders: take only the shape of init_from, with random weights."""
     init_layers: tuple[int, ...] | None = None
     """Layers of init_from that become the student's layers; none spreads them evenly and ends at the last."""
     expert_init: Literal["identical", "shared", "importance"] = "shared"
@@ -91,6 +103,19 @@ class StudentConfig:
                 f"student.hidden_size ({self.hidden_size}) is not divisible by student.num_attention_heads "
                 f"({self.num_attention_heads}) - every head needs the same width - change one of the two"
             )
+        if self.num_key_value_heads is not None:
+            _require(self.num_key_value_heads >= 1, "student.num_key_value_heads", self.num_key_value_heads, "be 1 up")
+            if self.num_attention_heads % self.num_key_value_heads:
+                raise ConfigError(
+                    f"student.num_attention_heads ({self.num_attention_heads}) is not a multiple of "
+                    f"student.num_key_value_heads ({self.num_key_value_heads}) - groups must be equal - change one of "
+                    "the two"
+                )
+        for name in ("dropout", "router_jitter"):
+            if self.architecture == "decoder" and getattr(self, name):
+                raise ConfigError(f"student.{name} ({getattr(self, name)}) is for encoders - leave it 0 for a decoder")
+        if self.random_weights and (self.architecture != "decoder" or self.init_from is None):
+            raise ConfigError("student.random_weights takes the shape of a decoder's student.init_from - give both")
 
 
 @dataclass(frozen=True)
@@ -101,6 +126,25 @@ class LossConfig:
     """MiniLMv2 self-relations (arXiv 2012.15828): mean over Q-Q, K-K and V-V of KL(teacher || student)."""
     num_relation_heads: int = 32
     """Heads that the queries, keys and values are cut into for the relations."""
+    logit_kl: float = 0.0
+    """Decoders: KL(teacher || student) over the vocabulary. Not multiplied by temperature^2."""
+    reverse_kl: float = 0.0
+    """Decoders: KL(student || teacher) over the vocabulary; instead of logit_kl."""
+    jsd: float = 0.0
+    """Decoders: generalised Jensen-Shannon divergence (arXiv 2306.13649); instead of logit_kl."""
+    jsd_beta: float = 0.5
+    """Part of the teacher in the mixture of jsd, between 0 and 1."""
+    temperature: float = 1.0
+    """Temperature of both sides of the divergence; the cross-entropy has 1."""
+    cross_entropy: float = 0.0
+    """Decoders: next-token cross-entropy with the text."""
+    distillation_schedule: Literal["constant", "wsd", "stop"] = "constant"
+    """Weight of the divergence after distillation_hold: the same, falling to 0 at the end (wsd), or 0 at once (stop).
+
+    What it loses, cross_entropy gains.
+    """
+    distillation_hold: float = 0.8
+    """Part of all steps before wsd falls or stop ends."""
     balance: float = 0.01
     """Load balance over the global batch: E * sum_e(mean gate_e * token share_e), mean over routers."""
     router_z: float = 0.0
@@ -109,7 +153,14 @@ class LossConfig:
     def __post_init__(self) -> None:
         _require(self.num_relation_heads >= 1, "loss.num_relation_heads", self.num_relation_heads, "be at least 1")
         for name, weight in asdict(self).items():
-            _require(0 <= weight < float("inf"), f"loss.{name}", weight, "be 0 or more")
+            if not isinstance(weight, str):
+                _require(0 <= weight < float("inf"), f"loss.{name}", weight, "be 0 or more")
+        _require(self.temperature > 0, "loss.temperature", self.temperature, "be more than 0")
+        _require(0 < self.jsd_beta < 1, "loss.jsd_beta", self.jsd_beta, "lie between 0 and 1; the ends are the two KLs")
+        _require(self.distillation_hold <= 1, "loss.distillation_hold", self.distillation_hold, "lie between 0 and 1")
+        given = [name for name in ("logit_kl", "reverse_kl", "jsd") if getattr(self, name)]
+        if len(given) > 1:
+            raise ConfigError(f"loss.{given[0]} and loss.{given[1]} are both given - drop one of the two divergences")
 
 
 @dataclass(frozen=True)

@@ -177,16 +177,16 @@ def distill(config: RunConfig, checked: Checked) -> int:
 
     from pipeline import checkpoints
     from pipeline.batches import BatchPlan, to_device
-    from pipeline.losses import active_losses
+    from pipeline.losses import active_losses, compute_losses, needs_teacher
     from pipeline.optimizer import learning_rate
     from pipeline.parallel import (
         gradient_norm,
         join,
         replicated_gradient_norm,
         start_engine,
-        update_was_applied,
-        withhold_bad_update,
+        take_step,
     )
+    from pipeline.signals import Signals
     from pipeline.tracking import JsonLines, Tracker
     from pipeline.watching import Alarms, HangWatch
 
@@ -210,7 +210,6 @@ def distill(config: RunConfig, checked: Checked) -> int:
     topology = checkpoints.Topology(
         ranks.world_size, checked.zero_stage, config.engine.precision, config.engine.expert_parallel_size
     )
-    weights = active_losses(config.loss, has_routers=bool(getattr(student, "router_names", ())))
     plan = BatchPlan(checked.shards, config.batch, config.data.order_seed, ranks.rank, ranks.world_size)
 
     # Resume: the newest checkpoint that is whole decides the position, and the position decides the data.
@@ -234,7 +233,7 @@ def distill(config: RunConfig, checked: Checked) -> int:
     ranks.barrier()
 
     def save() -> None:
-        checkpoints.save(
+        newest = checkpoints.save(
             out / "checkpoints",
             engine,
             ranks,
@@ -244,7 +243,7 @@ def distill(config: RunConfig, checked: Checked) -> int:
             fingerprints={"data": checked.shards.manifest.fingerprint},
         )
         if ranks.rank == 0:
-            checkpoints.keep_last(out / "checkpoints", config.checkpoint.keep_last)
+            checkpoints.keep_last(newest, config.checkpoint.keep_last)
 
     progress = Progress("distil", checked.num_steps, unit="steps", start=position.step) if ranks.rank == 0 else None
     saved_step, skipped_in_a_row, alarms, started = position.step, 0, Alarms(), time.monotonic()
@@ -273,24 +272,29 @@ def distill(config: RunConfig, checked: Checked) -> int:
         micro_batches = [to_device(batch, ranks.device) for batch in data.micro_batches]
         # DeepSpeed averages over ranks and divides by the accumulation steps: undo both, divide by tokens once.
         scale = len(micro_batches) * ranks.world_size / num_tokens
+        weights = active_losses(
+            config.loss,
+            has_routers=bool(getattr(student, "router_names", ())),
+            is_decoder=config.student.architecture == "decoder",
+            progress=position.step / checked.num_steps,
+        )
         counted = None
         if len(micro_batches) > 1 and "balance" in weights:
             counted = count_loads(student, micro_batches, ranks)
         is_logged = (position.step + 1) % config.log.every_steps == 0 or position.step + 1 == checked.num_steps
         step_sums = Window()
         for batch in micro_batches:
-            seen_by_teacher = teacher(batch)
+            seen_by_teacher = teacher(batch) if needs_teacher(weights) else Signals(batch.valid_BT)
             seen_by_student = engine(batch)
-            seen_by_student = with_load_shares(seen_by_student, counted, num_tokens, ranks)
-            losses = compute_losses(weights, seen_by_student, seen_by_teacher, config)
-            engine.backward(sum(weights[name] * loss for name, loss in losses.items()) * scale)
+            seen_by_student = with_load_shares(seen_by_student, counted, ranks)
+            losses = compute_losses(weights, seen_by_student, seen_by_teacher, config.loss)
+            engine.backward(losses.total * scale)
             norm = replicated_gradient_norm(engine) if is_logged else None
-            withheld = withhold_bad_update(engine)
-            engine.step()
-            step_sums.add(losses, seen_by_student.routers)
+            was_applied = take_step(engine)
+            step_sums.add(losses.parts, seen_by_student.routers)
         position = checkpoints.Position(position.step + 1, position.tokens + num_tokens)
         window.steps += 1
-        if update_was_applied(engine) and not withheld:
+        if was_applied:
             window.add(step_sums.losses, step_sums.routers)
             window.tokens += num_tokens
             skipped_in_a_row = 0
@@ -359,18 +363,7 @@ def report_skipped_step(step: int, sums: "Window", data: "StepData", shards: Any
         say(ranks.rank, f"notice: step {step} skipped: the losses are finite but their gradient is not")
 
 
-def compute_losses(
-    weights: dict[str, float], student: "Signals", teacher: "Signals", config: RunConfig
-) -> dict[str, "Tensor"]:
-    """The active losses of one micro-batch, each a sum over its valid tokens."""
-    from pipeline.losses import LOSSES
-
-    return {name: LOSSES[name](student, teacher, config.loss) for name in weights}
-
-
-def with_load_shares(
-    signals: "Signals", counted: dict[str, "Tensor"] | None, num_tokens: int, ranks: "Ranks"
-) -> "Signals":
+def with_load_shares(signals: "Signals", counted: dict[str, "Tensor"] | None, ranks: "Ranks") -> "Signals":
     """Fills in each router's load over the global batch, which the balance loss reads."""
     if not signals.routers:
         return signals
@@ -378,7 +371,7 @@ def with_load_shares(
     return replace(
         signals,
         routers={
-            name: replace(router, load_share_E=loads[name].to(router.gate_sum_E.dtype) / num_tokens)
+            name: replace(router, load_share_E=loads[name].to(router.gate_sum_E.dtype) / loads[name].sum())
             for name, router in signals.routers.items()
         },
     )
@@ -428,7 +421,7 @@ def _sum_over_ranks(values: list[int], ranks: "Ranks") -> list[int]:
 
 def measurements(window: Window, weights: dict[str, float], ranks: "Ranks") -> dict[str, Any]:
     """The window's means over all ranks, as they are logged. The only place that waits for the device."""
-    parts = {"losses": {name: float(value) for name, value in window.losses.items()}, "routers": {}}
+    parts: dict[str, Any] = {"losses": {name: float(value) for name, value in window.losses.items()}, "routers": {}}
     for name, router in window.routers.items():
         parts["routers"][name] = (router.tokens_per_expert_E.tolist(), float(router.entropy_sum))
     everywhere = ranks.gather(parts)
@@ -437,7 +430,8 @@ def measurements(window: Window, weights: dict[str, float], ranks: "Ranks") -> d
         values[f"train/{name}"] = sum(part["losses"][name] for part in everywhere) / max(1, window.tokens)
     if not values:
         return {"skipped_steps": window.skipped}
-    values = {"train/loss": sum(weights[name] * values[f"train/{name}"] for name in window.losses), **values}
+    # A part without a weight is only watched.
+    values = {"train/loss": sum(weights.get(name, 0) * values[f"train/{name}"] for name in window.losses), **values}
     values["skipped_steps"] = window.skipped
     values["tokens_per_second"] = window.tokens / max(window.seconds, 1e-9)
     for name in window.routers:
@@ -445,7 +439,7 @@ def measurements(window: Window, weights: dict[str, float], ranks: "Ranks") -> d
         load = [count / max(1, sum(counts)) for count in counts]
         values[f"router/{name}/load"] = load
         values |= {f"router/{name}/{part}": value for part, value in router_health(load).items()}
-        values[f"router/{name}/entropy"] = sum(part["routers"][name][1] for part in everywhere) / max(1, sum(counts))
+        values[f"router/{name}/entropy"] = sum(part["routers"][name][1] for part in everywhere) / max(1, window.tokens)
     return values
 
 
@@ -462,7 +456,7 @@ def memory_in_use(ranks: "Ranks") -> dict[str, float]:
 def export(config: RunConfig, checked: Checked, student: Any, position: "Position", sizes: dict) -> None:
     """Writes RUN/export from the float32 weights of the last checkpoint."""
     from pipeline.checkpoints import checkpoint_name, trained_weights
-    from pipeline.models.export import export_student
+    from pipeline.models.export import export_decoder, export_student
 
     path = Path(config.out) / "checkpoints" / checkpoint_name(position.step)
     state = {
@@ -474,12 +468,15 @@ def export(config: RunConfig, checked: Checked, student: Any, position: "Positio
         "name": Path(config.out).name,
         "teacher": config.teacher.model,
         "parameters": sizes["student"]["parameters_served"],
+        "active": sizes["student"]["parameters_active"],
+        "precision": config.engine.precision,
         "macs": sizes["student"]["linear_macs_per_sequence"] / 1e9,
         "length": sizes["student"]["sequence_length"],
         "tokens": position.tokens,
     }
     model = student.served_model().float()
-    export_student(Path(config.out) / "export", model, state, checked.shards.folder / "tokenizer", facts)
+    write = export_decoder if config.student.architecture == "decoder" else export_student
+    write(Path(config.out) / "export", model, state, checked.shards.folder / "tokenizer", facts)
 
 
 def _newest_valid(root: Path) -> Any:

@@ -119,7 +119,9 @@ def write_model(
     if begun.exists() and read_json(begun, f"remove {partial}")["made_from"] != made_from:
         raise ConfigError(f"out: {partial} was begun by another command - remove it, or choose another --out")
     files: dict[str, dict[str, Any]] = read_json(begun, "").get("files", {}) if begun.exists() else {}
-    require_free_space(partial, num_bytes - sum((partial / name).stat().st_size for name in files if (partial / name).exists()))
+    require_free_space(
+        partial, num_bytes - sum((partial / name).stat().st_size for name in files if (partial / name).exists())
+    )
     count = len(pieces)
     with Progress(label, count, unit="pieces") as progress:
         for number, (piece, compute) in enumerate(pieces.items(), 1):

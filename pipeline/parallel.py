@@ -52,11 +52,11 @@ def join(place: Place, timeout_minutes: float) -> Ranks:
         torch.cuda.set_device(place.local_rank)
     else:
         _skip_cpu_op_builds()
-    deepspeed.init_distributed(
-        dist_backend="nccl" if on_gpu else "gloo", timeout=timedelta(minutes=timeout_minutes), verbose=False
-    )
+    # Longer than what the HangWatch allows: it names the rank that is missing, a collective only says that it gave up.
+    patience = timedelta(minutes=1.5 * timeout_minutes + 0.5)
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", timeout=patience, verbose=False)
     device = torch.device("cuda", place.local_rank) if on_gpu else torch.device("cpu")
-    control = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+    control = dist.new_group(backend="gloo", timeout=patience)
     store = dist.PrefixStore("capgap", dist.distributed_c10d._get_default_store())
     return Ranks(place.rank, place.local_rank, place.world_size, device, control, store)
 
@@ -141,23 +141,24 @@ def start_engine(student: nn.Module, config: RunConfig, ranks: Ranks) -> Any:
     return engine
 
 
-def withhold_bad_update(engine: Any) -> bool:
-    """Drops a non-finite gradient where DeepSpeed would apply it (fp32 without ZeRO); True when it did.
+def take_step(engine: Any) -> bool:
+    """engine.step(), which updates the weights at the last micro-batch; False when the gradient was not finite.
 
-    At the other settings the engine refuses such a step by itself: see `update_was_applied`.
+    Then no weight, moment or master copy has changed, on any rank. The engine refuses such a step by itself, except in
+    fp32 without ZeRO.
     """
-    if engine.zero_optimization_stage() != 0 or not engine.is_gradient_accumulation_boundary():
-        return False
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    if not gradients or bool(nn.utils.get_total_norm(gradients).isfinite()):
-        return False
-    for parameter in engine.module.parameters():
-        parameter.grad = None
-    return True
-
-
-def update_was_applied(engine: Any) -> bool:
-    """Whether the last step changed the weights; all ranks get the same answer."""
+    if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        if gradients and not bool(nn.utils.get_total_norm(gradients).isfinite()):
+            for gradient in gradients:
+                gradient.zero_()
+            engine.optimizer.step = lambda *_: None
+            try:
+                engine.step()
+            finally:
+                del engine.optimizer.step
+            return False
+    engine.step()
     return bool(engine.was_step_applied())
 
 

@@ -20,7 +20,7 @@ class Checked:
     """What the checks found on the way."""
 
     shards: ShardSet
-    teacher_folder: Path
+    teacher_folder: Path | None
     teacher_config: dict[str, Any]
     init_folder: Path | None
     zero_stage: int
@@ -54,20 +54,26 @@ def check_run(config: RunConfig, world_size: int) -> Checked:
     """Everything that can be known without torch; one error names every problem, in the order of the recipe."""
     problems = Problems()
     check = problems.none_in
-    shards = check(open_bert_pairs, config.data.shards)
+    is_decoder = config.student.architecture == "decoder"
+    shards = check(open_rows, config.data.shards, "lm-blocks" if is_decoder else "bert-pairs")
     num_steps = check(config.num_steps, len(shards)) if shards else None
+    check(check_losses, config)
     check(check_trust, config)
-    teacher_folder = check(find_model_folder, config.teacher.model, revision=config.teacher.revision)
+    name = config.teacher.model
+    teacher_folder = check(find_model_folder, name, revision=config.teacher.revision) if name else None
     teacher_config = check(read_model_config, teacher_folder) if teacher_folder else None
     if shards and teacher_folder:
         check(check_vocabulary, shards, teacher_folder)
-    if teacher_config:
+    if teacher_config and not is_decoder:
         check(check_relation_heads, config, teacher_config)
     if shards and teacher_config:
         check(check_length, shards, teacher_config)
+        check(check_head, shards, teacher_config, f"teacher.model {name}")
     source = config.student.init_from
     init_folder = teacher_folder if source == "teacher" else check(find_model_folder, source) if source else None
-    if source is None or init_folder:
+    if is_decoder and shards and init_folder:
+        check(check_head, shards, read_model_config(init_folder), f"student.init_from {source}")
+    elif not is_decoder and (source is None or init_folder):
         check(check_init_layers, config, init_folder)
     accumulation = check(config.batch.accumulation_steps, world_size)
     settings = check(load_ds_config, config.engine.ds_config)
@@ -75,25 +81,56 @@ def check_run(config: RunConfig, world_size: int) -> Checked:
     if shards:
         check(check_same_run, config, shards)
     problems.raise_if_any()
-    assert shards and teacher_folder and teacher_config and accumulation and num_steps and stage is not None
-    return Checked(shards, teacher_folder, teacher_config, init_folder, stage, accumulation, num_steps)
+    assert shards and accumulation and num_steps and stage is not None
+    return Checked(shards, teacher_folder, teacher_config or {}, init_folder, stage, accumulation, num_steps)
 
 
-def open_bert_pairs(folder: str) -> ShardSet:
+def open_rows(folder: str, rows: str) -> ShardSet:
     shards = open_shards(folder)
-    if shards.manifest.rows != "bert-pairs":
+    if shards.manifest.rows != rows:
+        students = "decoders read" if rows == "lm-blocks" else "relation distillation reads"
         raise DataError(
-            f"data.shards: {folder} holds rows of kind {shards.manifest.rows} - relation distillation reads "
-            "bert-pairs - prepare them with --rows bert-pairs"
+            f"data.shards: {folder} holds rows of kind {shards.manifest.rows} - {students} {rows} - "
+            f"prepare them with --rows {rows}"
         )
     return shards
+
+
+def check_losses(config: RunConfig) -> None:
+    """The losses must be ones that this student has, and must have the teacher that they need."""
+    loss, has_teacher = config.loss, config.teacher.model is not None
+    if config.student.architecture != "decoder":
+        if not has_teacher:
+            raise ConfigError("teacher.model is null - an encoder learns from a teacher alone - name one")
+        return
+    divergence = loss.logit_kl or loss.reverse_kl or loss.jsd
+    if not divergence and not loss.cross_entropy:
+        raise ConfigError(
+            "loss: a decoder has nothing to learn from - set loss.logit_kl (or reverse_kl, jsd), loss.cross_entropy, "
+            "or both"
+        )
+    if divergence and not has_teacher and config.teacher.cache is None:
+        raise ConfigError(
+            "teacher.model is null, but loss.logit_kl, reverse_kl or jsd compares with a teacher - name one, or set "
+            "loss.cross_entropy alone"
+        )
+
+
+def check_head(shards: ShardSet, model_config: dict[str, Any], what: str) -> None:
+    """Every id of the shards must have a place in the model; places beyond them are padding (152064 of 151936)."""
+    size, needed = model_config.get("vocab_size"), shards.manifest.tokenizer["vocab_size"]
+    if size is not None and size < needed:
+        raise DataError(
+            f"{what} has vocab_size ({size}), but {shards.folder} was made with {needed} ids - ids beyond the end "
+            "would be read from nowhere - use the model and tokenizer that belong together"
+        )
 
 
 def check_parallelism_of(config: RunConfig, settings: dict[str, Any], world_size: int) -> int:
     return check_parallelism(
         settings,
         expert_parallel_size=config.engine.expert_parallel_size,
-        num_experts=1 if config.student.architecture == "dense" else config.student.num_experts,
+        num_experts=config.student.num_experts if config.student.architecture == "minimoe" else 1,
         world_size=world_size,
         precision=config.engine.precision,
     )
@@ -109,7 +146,8 @@ def check_length(shards: ShardSet, teacher_config: dict[str, Any]) -> None:
 
 
 def check_trust(config: RunConfig) -> None:
-    is_local = config.teacher.model.startswith("package:") or Path(config.teacher.model).exists()
+    name = config.teacher.model or "."
+    is_local = name.startswith("package:") or Path(name).exists()
     if config.teacher.trust_remote_code and not is_local and config.teacher.revision is None:
         raise ConfigError(
             "teacher.trust_remote_code runs code from the hub - without a revision that code can change any day - "
@@ -124,7 +162,9 @@ def check_vocabulary(shards: ShardSet, teacher_folder: Path) -> None:
         return
     ours = folder_vocabulary(shards.folder / "tokenizer")
     theirs = folder_vocabulary(teacher_folder)
-    differing = [token for token in ours if theirs.get(token) != ours[token]]
+    differing = [token for token in sorted(ours, key=ours.__getitem__) if theirs.get(token) != ours[token]]
+    if not differing:
+        return  # The teacher knows tokens beyond ours, which no row holds.
     shown = ", ".join(f"{token!r} {ours[token]} -> {theirs.get(token)}" for token in differing[:5])
     raise DataError(
         f"tokenizer of {shards.folder} differs from the teacher's ({teacher_folder}): {len(differing)} of {len(ours)} "

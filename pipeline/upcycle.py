@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,7 +60,9 @@ class UpcycleConfig:
         if self.top_k > self.num_experts:
             raise ConfigError(f"--top-k ({self.top_k}) is more than --num-experts ({self.num_experts}) - lower it")
         if not 2 <= chosen <= MAX_CHOSEN:
-            why = "a single weight is always 1, so the router would learn nothing" if chosen < 2 else "too many to route"
+            why = (
+                "a single weight is always 1, so the router would learn nothing" if chosen < 2 else "too many to route"
+            )
             raise ConfigError(
                 f"--top-k x --granularity ({self.top_k} x {self.granularity} = {chosen}) - {why} - "
                 f"choose 2 to {MAX_CHOSEN}"
@@ -85,9 +88,9 @@ def upcycle(config: UpcycleConfig) -> None:
     source = ModelFiles(find_model_folder(config.model))
     dense = config_of(source.folder)
     target = target_config(config, dense)
-    pieces: dict[str, Callable[[], dict[str, Any]]] = {"embeddings": lambda: outer_tensors(source, dense)}
+    pieces: dict[str, Callable[[], dict[str, Any]]] = {"embeddings": partial(outer_tensors, source, dense)}
     for index in range(dense.num_hidden_layers):
-        pieces[f"layer {index}"] = lambda index=index: layer_tensors(config, source, target.model_type, index)
+        pieces[f"layer {index}"] = partial(layer_tensors, config, source, target.model_type, index)
     settings = {key: value for key, value in asdict(config).items() if key not in ("model", "out")}
     widest = dense.num_hidden_layers * config.num_experts * 3 * dense.intermediate_size * dense.hidden_size
     write_model(
@@ -105,12 +108,14 @@ def upcycle(config: UpcycleConfig) -> None:
 
 
 def target_config(config: UpcycleConfig, dense: Any) -> Any:
-    """The transformers config of the new model; ConfigError where the architecture cannot compute what the parent does."""
+    """The transformers config of the new model; ConfigError where the architecture cannot do what the parent does."""
     from transformers import AutoConfig
 
     parent = dense.model_type
     if parent not in PARENTS:
-        raise ConfigError(f"--model: {parent} cannot be upcycled - parents are {', '.join(PARENTS)} - choose one of them")
+        raise ConfigError(
+            f"--model: {parent} cannot be upcycled - parents are {', '.join(PARENTS)} - choose one of them"
+        )
     kind = PARENTS[parent] if config.architecture == "auto" else config.architecture
     if kind != PARENTS[parent]:
         raise ConfigError(

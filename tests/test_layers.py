@@ -16,6 +16,9 @@ JOBS = {
     "data_prep.inspect_shards",
     "data_prep.tokenizer_tools",
     "pipeline.distill",
+    "pipeline.prune",
+    "pipeline.teacher_cache",
+    "pipeline.upcycle",
     "pipeline.score",
     "pipeline.report",
 }

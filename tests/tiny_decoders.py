@@ -36,12 +36,13 @@ SIZES: dict[str, Any] = {
 
 
 def decoder_config(kind: str, **changes: Any) -> Any:
-    """A config of about 30,000 parameters: llama, mistral, qwen3, mixtral or qwen3_moe."""
+    """A config of about 30,000 parameters: llama, mistral, qwen2, qwen3, mixtral or qwen3_moe."""
     import transformers
 
     own: dict[str, dict[str, Any]] = {
         "llama": {},
         "mistral": {"sliding_window": 5},
+        "qwen2": {},
         "qwen3": {"head_dim": 8},
         "mixtral": {"num_local_experts": 4, "sliding_window": None},
         "qwen3_moe": {

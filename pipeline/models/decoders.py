@@ -61,8 +61,9 @@ class DecoderStudent(nn.Module):
         return signals
 
     def served_model(self) -> PreTrainedModel:
-        """What users load: the model itself."""
-        return self.backbone
+        """What users load: the same model, without memory until it is filled with the trained weights."""
+        with torch.device("meta"):
+            return type(self.backbone)(self.backbone.config)
 
 
 def is_mixture(module: nn.Module) -> bool:
@@ -136,6 +137,7 @@ def build_decoder(config: StudentConfig, manifest: Manifest, *, init_folder: Pat
 def llama_config(config: StudentConfig, manifest: Manifest) -> LlamaConfig:
     """The shape of a LLaMA with the recipe's sizes and the vocabulary and length of the shards."""
     tokenizer = manifest.tokenizer
+    special: dict[str, Any] = {f"{name}_token_id": tokenizer.get(f"{name}_id") for name in ("bos", "eos", "pad")}
     return LlamaConfig(
         vocab_size=tokenizer["vocab_size"],
         hidden_size=config.hidden_size,
@@ -146,7 +148,7 @@ def llama_config(config: StudentConfig, manifest: Manifest) -> LlamaConfig:
         max_position_embeddings=manifest.length,
         rms_norm_eps=1e-5,
         tie_word_embeddings=config.tie_word_embeddings,
-        **{f"{name}_token_id": tokenizer.get(f"{name}_id") for name in ("bos", "eos", "pad")},
+        **special,
     )
 
 

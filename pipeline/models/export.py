@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -16,6 +17,31 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_minimoe.MiniMoEForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_minimoe.MiniMoEForTokenClassification",
 }
+
+DECODER_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [{tags}capgap]
+---
+
+# {name}
+
+A {kind} {origin} with capgap: {parameters:,} parameters, {active:,} active per token, {tokens:,} training tokens in
+rows of {length}.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+print(tokenizer.decode(model.generate(**tokenizer("The", return_tensors="pt"), max_new_tokens=20)[0]))
+```
+
+```
+vllm serve {folder} --max-model-len {length}
+```
+
+Recipe: `run.json` of the run.
+"""
 
 CARD = """---
 library_name: transformers
@@ -69,6 +95,40 @@ def export_student(
             trust=", trust_remote_code=True" if is_minimoe else "",
             note="\nThe model code lies in this folder; read it before you trust it.\n" if is_minimoe else "",
             method=", MiniMoE (arXiv 2305.12129)" if is_minimoe else "",
+            **facts,
+        )
+        (written / "README.md").write_text(card, encoding="utf-8")
+
+
+def export_decoder(
+    folder: Path, model: PreTrainedModel, state: dict[str, Tensor], tokenizer_folder: Path, facts: dict[str, Any]
+) -> None:
+    """Writes a causal language model in the layout of its architecture, which transformers and vLLM load as it is.
+
+    Args:
+        state: the weights under the names of `model`, written in the precision of the run.
+        tokenizer_folder: copied file by file, so that its hash stays the same.
+        facts: name, teacher, parameters, active, length, tokens and precision for the model card.
+    """
+    dtype = torch.bfloat16 if facts["precision"] == "bf16" else torch.float32
+    state = {name: tensor.to(dtype) for name, tensor in state.items()}
+    if model.config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state, assign=True)
+    model.tie_weights()
+    model.config.dtype = dtype
+    make_folder(folder.parent)
+    with replacing_folder(folder) as written:
+        model.save_pretrained(written)
+        for file in sorted(tokenizer_folder.iterdir()):
+            if file.is_file():
+                shutil.copyfile(file, written / file.name)
+        teacher = facts["teacher"]
+        card = DECODER_CARD.format(
+            kind=f"{model.config.model_type} decoder",
+            origin=f"distilled from `{teacher}`" if teacher else "trained on text",
+            tags="distillation, " if teacher else "",
+            folder=folder,
             **facts,
         )
         (written / "README.md").write_text(card, encoding="utf-8")

@@ -4,12 +4,32 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
+from capgap_kernels.linear_kl import CHUNK_BYTES
 from pipeline.config import RunConfig
+from pipeline.models.decoders import is_mixture
 from pipeline.models.modeling_minimoe import MiniMoEAttention, MiniMoEFeedForward
 
 
 def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def num_active_parameters(model: nn.Module) -> int:
+    """Parameters that one token meets: of each layer of experts, the chosen ones."""
+    spared = 0
+    for module in model.modules():
+        if isinstance(module, MiniMoEFeedForward) or is_mixture(module):
+            spared += num_parameters(module.experts) - _active_in(module, model)
+        elif isinstance(module, MiniMoEAttention) and module.gate is not None:
+            maps = (module.qkv_weight, module.qkv_bias, module.output_weight, module.output_bias)
+            spared += sum(parameter[1:].numel() for parameter in maps)
+    return num_parameters(model) - spared
+
+
+def _active_in(module: nn.Module, model: nn.Module) -> int:
+    """Parameters of a layer's experts that one token meets."""
+    chosen = getattr(model.config, "num_experts_per_tok", 1)
+    return chosen * sum(parameter[0].numel() for parameter in module.experts.parameters())
 
 
 def linear_macs(encoder: nn.Module, length: int) -> int:
@@ -20,6 +40,9 @@ def linear_macs(encoder: nn.Module, length: int) -> int:
     """
     per_token = 0
     for module in encoder.modules():
+        if is_mixture(module) and not isinstance(module, MiniMoEFeedForward):
+            # transformers keeps gates and experts as bare parameters.
+            per_token += module.gate.weight.numel() + _active_in(module, encoder)
         if isinstance(module, nn.Linear):
             per_token += module.weight.numel()
         elif isinstance(module, MiniMoEFeedForward):
@@ -64,18 +87,25 @@ def estimate_memory(
     split = [1, world_size, world_size, world_size][zero_stage]
     master = 4 if bf16 or zero_stage else 0
     tokens = config.batch.micro_size * length
-    hidden, ffn = config.student.hidden_size, config.student.intermediate_size
-    # Per block: queries, keys, values, context, two normalised sums and their inputs, and twice the inner layer.
-    block = tokens * (9 * hidden + 2 * ffn) * size
-    blocks = 1 if config.engine.activation_checkpointing else config.student.num_hidden_layers
-    kept = config.student.num_hidden_layers * tokens * hidden * size if config.engine.activation_checkpointing else 0
+    shape = student.backbone.config
+    is_decoder = config.student.architecture == "decoder"
+    hidden, num_layers = shape.hidden_size, shape.num_hidden_layers
+    ffn = getattr(shape, "moe_intermediate_size", shape.intermediate_size) * getattr(shape, "num_experts_per_tok", 1)
+    # Per block: queries, keys, values, context, two normalised sums and their inputs, and the inner layer before and
+    # after its activation (a gated one also by the gate).
+    block = tokens * (9 * hidden + (3 if is_decoder else 2) * ffn) * size
+    blocks = 1 if config.engine.activation_checkpointing else num_layers
+    kept = num_layers * tokens * hidden * size if config.engine.activation_checkpointing else 0
     teacher_hidden = next(teacher.parameters()).shape[-1] if num_parameters(teacher) else hidden
     passing = tokens * 12 * teacher_hidden * size
-    relations = tokens * 3 * (2 * hidden + teacher_hidden) * 4
+    # The vocabulary loss holds the head's gradient and two chunks of logits, the relation loss nine maps.
+    chunk = min(tokens * shape.vocab_size * size, max(CHUNK_BYTES.values()))
+    over_vocabulary = shape.vocab_size * hidden * 4 + 2 * chunk
+    loss = over_vocabulary if is_decoder else tokens * 3 * (2 * hidden + teacher_hidden) * 4
     return MemoryEstimate(
         weights=total * size,
         gradients=trained * (4 if bf16 else size) // (split if zero_stage >= 2 else 1),
         optimizer=trained * (8 + master) // split,
-        activations=blocks * block + kept + passing + relations,
+        activations=blocks * block + kept + passing + loss,
         teacher=num_parameters(teacher) * size,
     )

@@ -62,6 +62,7 @@ class RoutedAttention(MiniMoEAttention):
     router_jitter = 0.0
 
     def choose(self, hidden_ND: Tensor, valid_N: Tensor):
+        assert self.gate is not None
         routing, signals = routed(self.gate, hidden_ND, valid_N, self.router_jitter)
         return routing.expert_NK[:, 0], routing.gate_NK[:, 0].to(hidden_ND.dtype), signals
 
