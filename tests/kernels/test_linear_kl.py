@@ -20,6 +20,12 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 BACKENDS = ("eager", "triton")
 
 
+@pytest.fixture(autouse=True)
+def tensors_are_made_on_the_device(device):
+    with torch.device(device):
+        yield
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     with use_backend(request.param):
@@ -47,16 +53,16 @@ class Case:
 
 
 def draw(num_tokens: int, width: int, num_ids: int, *, teacher: str = "head", num_kept: int = 5, seed: int = 0) -> Case:
-    generator = torch.Generator().manual_seed(seed)
+    generator, here = torch.Generator("cpu").manual_seed(seed), torch.get_default_device()
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu").to(here)
 
     states = TeacherHead(normal(num_tokens, width + 3), normal(num_ids, width + 3) / 2, normal(num_ids))
     logits_NV = states.hidden_ND @ states.head_VD.t() + states.bias_V
-    labels = torch.randint(0, num_ids, (num_tokens,), generator=generator)
+    labels = torch.randint(0, num_ids, (num_tokens,), generator=generator, device="cpu").to(here)
     labels[::4] = -100
-    valid = torch.rand(num_tokens, generator=generator) < 0.8
+    valid = normal(num_tokens) < 0.8
     valid[-1] = True
     return Case(
         hidden=normal(num_tokens, width),
@@ -83,13 +89,13 @@ def teacher_of(kind: str, states: TeacherHead, logits_NV: Tensor, num_kept: int)
     return None
 
 
-def converted(value, dtype: torch.dtype, device: torch.device | str = "cpu"):
+def converted(value, dtype: torch.dtype):
     """The same teacher with its real-valued tensors in `dtype`."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return type(value)(**{name: converted(field, dtype, device) for name, field in fields.items()})
+        return type(value)(**{name: converted(field, dtype) for name, field in fields.items()})
     if isinstance(value, Tensor):
-        return value.to(device, dtype if value.is_floating_point() else value.dtype)
+        return value.to(dtype if value.is_floating_point() else value.dtype)
     return value
 
 
@@ -179,10 +185,10 @@ def test_float64_stays_float64(teacher):
     assert_equal_to_twin(draw(21, 6, 41, teacher=teacher), relative=1e-11, dtype=torch.float64, ce_weight=0.5)
 
 
-def test_autocast_computes_logits_in_bf16_and_returns_float32_gradients():
+def test_autocast_computes_logits_in_bf16_and_returns_float32_gradients(device):
     case = draw(40, 16, 97)
     expected, expected_gradients = sums_and_gradients(reference.linear_kl, case, dtype=torch.float64)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         sums, gradients = sums_and_gradients(linear_kl, case, dtype=torch.float32)
     assert sums.loss_sum.dtype == torch.float32
     assert_close(sums.loss_sum, expected.loss_sum, relative=1e-2, what="loss_sum")
