@@ -86,6 +86,10 @@ def main(argv: list[str] | None = None) -> int:
     source = ModelSource.find(config.model, trust_remote_code=config.trust_remote_code)
     for name, task in tasks.items():
         refuse_long_rows(name, task.resolved(config.settings).get("max_length"), source.num_positions)
+        # A teacher that was trained on under the same name must not leave an old comparison standing.
+        if teacher := task.resolved(config.settings).get("teacher"):
+            found = ModelSource.find(teacher, trust_remote_code=config.trust_remote_code)
+            data_hashes[name]["teacher"] = found.fingerprint()
     fingerprint = source.fingerprint()
     folder = config.out / "scores"
     make_folder(folder)

@@ -46,6 +46,16 @@ class HarnessTask:
     seeded: bool = False
 
     def files(self, data: Path) -> list[Path]:
+        questions = self.question_files(data)
+        examples = [self.example_file(path) for path in questions] if self.num_examples else []
+        if missing := next((path for path in examples if not path.is_file()), None):
+            raise DataError(f"cannot score: {missing} - file is missing - {self.source}")
+        return [*questions, *examples]
+
+    def example_file(self, questions: Path) -> Path:
+        return questions.parents[1] / self.examples_folder / questions.name.replace("_test", "_dev")
+
+    def question_files(self, data: Path) -> list[Path]:
         for collection in COLLECTIONS:
             if found := sorted((data / collection).glob(self.pattern)):
                 return found
@@ -64,14 +74,13 @@ class HarnessTask:
 
     def prepare(self, data: Path, tokenizer: Any, settings: EvalSettings) -> Benchmark:
         require_lm_eval()
-        documents = {path.stem: self.read(path) for path in self.files(data)}
+        files = self.question_files(data)
+        documents = {path.stem: self.read(path) for path in files}
         limit = settings.max_eval_examples
         subsets = {name: [docs[i] for i in fixed_part(len(docs), limit)] for name, docs in documents.items()}
         examples = {}
         if self.num_examples:
-            for path in self.files(data):
-                name = path.name.replace("_test", "_dev")
-                examples[path.stem] = self.read(path.parents[1] / self.examples_folder / name)[: self.num_examples]
+            examples = {path.stem: self.read(self.example_file(path))[: self.num_examples] for path in files}
         text = " ".join(str(value) for docs in subsets.values() for value in docs[0].values())
         ids = np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
         return Benchmark(subsets=subsets, examples=examples, sample_ids=ids)

@@ -123,6 +123,14 @@ def test_a_padded_vocabulary_is_compared_over_the_real_tokens(model, data, tmp_p
     assert metrics_of(data, "agreement")["teacher_kl"] > 0
 
 
+def test_a_teacher_that_changed_under_its_name_is_not_mixed_in(model, data, tmp_path, capsys):
+    teacher = save_language_model(tmp_path / "teacher", seed=1)
+    assert run(model, data, "--tasks", "agreement", "--teacher", str(teacher)) == 0
+    save_language_model(teacher, seed=2)
+    assert run(model, data, "--tasks", "agreement", "--teacher", str(teacher)) == 2
+    assert "cannot resume" in capsys.readouterr().err
+
+
 def test_agreement_needs_a_teacher(model, data, capsys):
     assert run(model, data, "--tasks", "agreement") == 2
     assert "--teacher is missing" in capsys.readouterr().err
@@ -176,7 +184,7 @@ def write_benchmarks(data: Path) -> None:
 def test_benchmark_files_become_documents(data):
     write_benchmarks(data)
     documents = {
-        name: TASKS[name].read(TASKS[name].files(data)[0])
+        name: TASKS[name].read(TASKS[name].question_files(data)[0])
         for name in ("arc_easy", "arc_challenge", "boolq", "winogrande", "mmlu")
     }
     assert documents["arc_easy"][0] == {"question": "What is wet?", "choices": ["water", "sand"], "gold": 0}
@@ -185,6 +193,13 @@ def test_benchmark_files_become_documents(data):
     starts = ["The cup and the bag: cup", "The cup and the bag: bag"]
     assert documents["winogrande"][0] == {"starts": starts, "rest": "broke.", "gold": 1}
     assert documents["mmlu"][0]["subject"] == "high school physics"
+
+
+def test_a_subject_without_its_solved_examples_is_named(data):
+    write_benchmarks(data)
+    (data / "mmlu" / "data" / "mmlu" / "dev" / "high_school_physics_dev.csv").unlink()
+    with pytest.raises(DataError, match=r"dev/high_school_physics_dev\.csv - file is missing"):
+        TASKS["mmlu"].files(data)
 
 
 def test_a_damaged_benchmark_file_is_named_with_its_line(tmp_path):
@@ -249,7 +264,7 @@ OFFICIAL = {
 def test_the_official_benchmarks_read_in_full(name):
     task = TASKS[name]
     try:
-        paths = task.files(Path(os.environ["CAPGAP_DATA"]))
+        paths = task.question_files(Path(os.environ["CAPGAP_DATA"]))
     except DataError as error:
         pytest.skip(str(error))
     assert sum(len(task.read(path)) for path in paths) == OFFICIAL[name]
