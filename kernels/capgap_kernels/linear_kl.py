@@ -71,8 +71,9 @@ def linear_kl(
     `vocab_size` ids of either side exist for the loss: heads padded to different sizes fit together.
 
     `loss_sum` is differentiable in `hidden_ND`, `head_VD` and `bias_V`, never in the teacher. The gradient is computed
-    here, chunk by chunk, so that memory beyond the gradients themselves does not grow with N * V, and the head is not
-    needed again in the backward (a ZeRO-3 partition may be released after the call); it serves one backward.
+    here, chunk by chunk, so that memory beyond the gradients themselves does not grow with N * V; it serves one
+    backward, which does not read the head. (A ZeRO-3 head must be gathered around both all the same, as any parameter:
+    autograd compares its shape with that of its gradient.)
     The logits have the dtype of `hidden_ND` (under autocast, autocast's), everything after them float32 or wider; the
     head's gradient is accumulated in float32 over the chunks.
 
