@@ -180,6 +180,7 @@ def distill(config: RunConfig, checked: Checked) -> int:
     from pipeline.losses import active_losses, compute_losses, needs_teacher
     from pipeline.optimizer import learning_rate
     from pipeline.parallel import (
+        backward,
         gradient_norm,
         join,
         replicated_gradient_norm,
@@ -288,7 +289,7 @@ def distill(config: RunConfig, checked: Checked) -> int:
             seen_by_student = engine(batch)
             seen_by_student = with_load_shares(seen_by_student, counted, ranks)
             losses = compute_losses(weights, seen_by_student, seen_by_teacher, config.loss)
-            engine.backward(losses.total * scale)
+            backward(engine, losses.total * scale)
             norm = replicated_gradient_norm(engine) if is_logged else None
             was_applied = take_step(engine)
             step_sums.add(losses.parts, seen_by_student.routers)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.config import RunConfig, load_ds_config
 from pipeline.optimizer import parameter_groups
@@ -139,6 +139,22 @@ def start_engine(student: nn.Module, config: RunConfig, ranks: Ranks) -> Any:
 
         use_our_layers(student, config.student.router_jitter)
     return engine
+
+
+def backward(engine: Any, loss: Tensor) -> None:
+    """engine.backward(loss), prepared as DeepSpeed means it to be.
+
+    It prepares each backward in hooks on the tensors that the forward returned, which it does not find inside our
+    Signals. Without that, bf16 at ZeRO 1 counts the first of several micro-batches once more with each later one.
+    """
+    from deepspeed.runtime.utils import register_output_backward_hooks
+
+    register_output_backward_hooks(
+        loss,
+        preprocess_once_fn=engine._backward_prologue,
+        preprocess_per_tensor_fn=engine._backward_prologue_per_tensor,
+    )
+    engine.backward(loss)
 
 
 def take_step(engine: Any) -> bool:

@@ -19,7 +19,7 @@ from pipeline.building import build_models
 from pipeline.config import RunConfig, load_run_config
 from pipeline.losses import LOSSES
 from pipeline.optimizer import parameter_groups
-from pipeline.parallel import gradient_norm, join, replicated_gradient_norm, start_engine
+from pipeline.parallel import backward, gradient_norm, join, replicated_gradient_norm, start_engine
 from pipeline.preflight import check_run
 from pipeline.ranks import place_from_environment
 from pipeline.state_files import StateFiles
@@ -107,7 +107,7 @@ class EngineLoop:
             seen_by_teacher = self.teacher(batch)
             seen = with_shares(engine(batch), loads, num_tokens)
             loss = summed_loss(seen, seen_by_teacher, self.config)
-            engine.backward(loss * scale)
+            backward(engine, loss * scale)
             norm = replicated_gradient_norm(engine)
             engine.step()
             total += float(loss.detach())
