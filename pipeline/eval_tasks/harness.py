@@ -105,7 +105,7 @@ class HarnessTask:
         from transformers import AutoModelForCausalLM
 
         dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-        model = source.model(AutoModelForCausalLM, device=device, dtype=dtype).eval()
+        model = source.model(AutoModelForCausalLM, device=device, dtype=dtype, head_is_new=False).eval()
         language_model = HFLM(
             pretrained=model,
             tokenizer=source.tokenizer(),

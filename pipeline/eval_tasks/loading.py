@@ -1,16 +1,20 @@
-"""Loads the model under test and its tokenizer, refusing what would score silently wrong."""
+"""Loads the model under test and its tokenizer, refusing what would score silently wrong.
+
+torch is imported when a model is: a refusal, or a command with nothing left to do, takes a second.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import xxhash
-from torch import nn
 
 from data_prep.errors import CheckpointError, ConfigError
 from data_prep.model_folders import find_model_folder, read_model_config
-from pipeline.models.sizes import linear_macs, num_parameters
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 DROPOUT_KEYS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 HASHED_SUFFIXES = (".json", ".safetensors", ".py", ".txt", ".model")
@@ -73,15 +77,28 @@ class ModelSource:
         return tokenizer
 
     def model(
-        self, auto_class: Any, *, device: torch.device, dtype: torch.dtype = torch.float32, **options: Any
-    ) -> nn.Module:
-        """The model on `device`; only weights of a new head or pooler may be missing from the checkpoint."""
-        model, info = self._load(auto_class, dtype=dtype, use_safetensors=True, output_loading_info=True, **options)
+        self,
+        auto_class: Any,
+        *,
+        device: "torch.device",
+        dtype: "torch.dtype | None" = None,
+        head_is_new: bool = True,
+        **options: Any,
+    ) -> "nn.Module":
+        """The model on `device`, in fp32 unless told.
+
+        Raises CheckpointError when weights are missing that are not those of a new head or pooler.
+        """
+        import torch
+
+        model, info = self._load(
+            auto_class, dtype=dtype or torch.float32, use_safetensors=True, output_loading_info=True, **options
+        )
         prefix = f"{model.base_model_prefix}."
         missing = [key for key in info["missing_keys"] if "pooler" not in key]
         # A base model's own keys have no prefix; a model with a head has a new head outside the prefix.
         is_base = not any(name.startswith(prefix) for name, _ in model.named_parameters())
-        lost = sorted(key for key in missing if is_base or key.startswith(prefix))
+        lost = sorted(key for key in missing if is_base or not head_is_new or key.startswith(prefix))
         if lost:
             raise CheckpointError(
                 f"cannot load model: {self.folder} ({lost[0]}, {len(lost)} tensors in all) - "
@@ -99,12 +116,16 @@ class ModelSource:
             ) from error
 
 
-def encoder_figures(model: nn.Module, length: int) -> dict[str, int | None]:
+def encoder_figures(model: "nn.Module", length: int) -> dict[str, int | None]:
     """Parameters without pooler, and linear multiply-accumulates per sequence, of a base model.
 
     The latter are None when weight matrices stand outside nn.Linear and nn.Embedding: how many experts are active per
     token is then known only to the run that trained the model (its run.json says it).
     """
+    from torch import nn
+
+    from pipeline.models.sizes import linear_macs, num_parameters
+
     encoder = nn.ModuleDict({name: child for name, child in model.named_children() if name != "pooler"})
     has_other_matrices = any(
         parameter.ndim > 1

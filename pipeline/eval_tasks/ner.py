@@ -190,7 +190,9 @@ def encode_words(
     """Word pieces with the word's tag number on its first piece, -100 on all else, and where those first pieces are."""
     from pipeline.eval_tasks.finetuning import EncodedSplit
 
-    words = [list(sentence.words) for sentence in sentences]
+    # Byte-level vocabularies write the space before a word into its first piece; a word given alone would lose it.
+    space = "" if tokenizer.tokenize("a a") == 2 * tokenizer.tokenize("a") else " "
+    words = [[space + word for word in sentence.words] for sentence in sentences]
     encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length)
     tag_ids = {tag: i for i, tag in enumerate(tags)}
     labels, first_pieces = [], []

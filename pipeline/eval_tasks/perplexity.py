@@ -108,13 +108,13 @@ class TextTask:
         from pipeline.eval_tasks.loading import ModelSource
 
         dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-        model = source.model(AutoModelForCausalLM, device=device, dtype=dtype).eval()
+        model = source.model(AutoModelForCausalLM, device=device, dtype=dtype, head_is_new=False).eval()
         teacher = None
         if self.with_teacher:
             assert settings.teacher is not None
             teacher_source = ModelSource.find(settings.teacher, trust_remote_code=source.trust_remote_code)
             refuse_other_vocabulary(prepared.vocabulary, teacher_source.tokenizer().get_vocab(), settings.teacher)
-            teacher = teacher_source.model(AutoModelForCausalLM, device=device, dtype=dtype).eval()
+            teacher = teacher_source.model(AutoModelForCausalLM, device=device, dtype=dtype, head_is_new=False).eval()
         vocabulary_size = max(prepared.vocabulary.values()) + 1
         nll = divergence = agreed = 0.0
         with torch.inference_mode():

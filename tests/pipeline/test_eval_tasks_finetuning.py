@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from tokenizers import pre_tokenizers
+from transformers import BertConfig, BertModel, BertTokenizerFast, RobertaTokenizerFast
 
 from data_prep.errors import ConfigError
 from pipeline.eval_tasks import ner
@@ -79,6 +80,16 @@ def test_a_tag_stands_on_the_first_piece_of_its_word(tokenizer):
     assert pieces == ["[CLS]", "the", "mad", "cap", "##sule", "##s", "from", "japan", "[SEP]"]
     assert split.labels[0].tolist() == [-100, 2, 1, 1, -100, -100, 2, 0, -100]
     assert first_pieces == [{0: 1, 1: 2, 2: 3, 3: 6, 4: 7}]
+
+
+def test_byte_level_words_keep_the_space_before_them():
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("M", "a"), ("Ma", "d"), ("Ġ", "Mad")]
+    pieces = [*letters, *("".join(pair) for pair in merges), "<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    tokenizer = RobertaTokenizerFast(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges)
+    split, first_pieces = ner.encode_words([ner.Sentence(("Mad", "Ma"), ("I-ORG", "O"))], tokenizer, ["I-ORG", "O"], 32)
+    assert tokenizer.convert_ids_to_tokens(split.input_ids[0]) == ["<s>", "ĠMad", "Ġ", "Ma", "</s>"]
+    assert first_pieces == [{0: 1, 1: 2}]
 
 
 def test_words_that_were_cut_off_or_have_no_piece_count_as_untagged(tokenizer):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import ByteLevel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
 from data_prep.errors import ConfigError, DataError
 from pipeline import score
@@ -139,6 +139,13 @@ def test_agreement_needs_a_teacher(model, data, capsys):
 def test_a_teacher_of_another_vocabulary_is_refused_with_examples():
     with pytest.raises(ConfigError, match=r"2 tokens differ, such as 'b', 'c'"):
         refuse_other_vocabulary({"a": 0, "b": 1}, {"a": 0, "c": 1}, "teacher")
+
+
+def test_a_language_model_without_its_head_is_refused(model, data, tmp_path, capsys):
+    folder = save_language_model(tmp_path / "headless")
+    LlamaModel.from_pretrained(model).save_pretrained(folder)
+    assert run(folder, data, "--tasks", "perplexity") == 4
+    assert "lm_head.weight" in capsys.readouterr().err
 
 
 def test_missing_text_is_named(model, tmp_path, capsys):
