@@ -44,6 +44,11 @@ def _announce(operation: str, path: Path) -> None:
         _hook(operation, path)
 
 
+def portable_name(name: str) -> str:
+    """A file name as text that does not depend on the locale of the process."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
 def content_hash(data: bytes | memoryview) -> str:
     """The xxh3_128 of the bytes, as 32 hex digits."""
     return xxhash.xxh3_128_hexdigest(data)

@@ -22,6 +22,7 @@ import tyro
 from data_prep.errors import ConfigError, DataError, reports_errors
 from data_prep.files import (
     make_folder,
+    portable_name,
     read_json,
     remove_folder,
     remove_leftovers,
@@ -41,6 +42,7 @@ from data_prep.shards import (
     Rows,
     Shard,
     folder_metadata,
+    mapped,
     open_shards,
     shard_name,
     write_manifest,
@@ -200,6 +202,7 @@ def prepare(config: PrepareConfig) -> None:
         _check_same_config(config.out, recorded)
         if (config.out / "manifest.json").exists():
             manifest = open_shards(config.out).manifest
+            remove_folder(config.out / "parts")  # the last thing that a finish does, which may have been cut off
             _say(f"{config.out} is complete already: nothing to do ({manifest.num_rows} rows)")
             return
         if whole:
@@ -236,9 +239,9 @@ def _place_tokenizer(config: PrepareConfig) -> dict[str, Any]:
     if not (folder / "tokenizer.json").is_file():
         with replacing_folder(folder) as fresh:
             save_tokenizer(config.tokenizer, fresh)
-        tokenizer = describe_tokenizer(config.tokenizer, folder)
+        tokenizer = describe_tokenizer(portable_name(config.tokenizer), folder)
     else:
-        tokenizer = describe_tokenizer(config.tokenizer, folder)
+        tokenizer = describe_tokenizer(portable_name(config.tokenizer), folder)
         tokenizer["hash"] = _hash_of_named(config.tokenizer, folder, tokenizer["hash"])
     required = ("cls_id", "sep_id", "pad_id") if config.rows == "bert-pairs" else ("eos_id",)
     if missing := [key for key in required if tokenizer[key] is None]:
@@ -494,8 +497,8 @@ def _finish(config: PrepareConfig, recorded: dict[str, Any], tokenizer: dict[str
     )
     stats |= {"num_rows": num_rows, "num_tokens": num_tokens, "utilisation": manifest.utilisation}
     write_json(config.out / "stats.json", stats)
-    with pa.memory_map(str(config.out / shards[0].file)) as content:
-        state, info = folder_metadata(manifest, pa.ipc.open_stream(content).schema)
+    schema = pa.ipc.open_stream(mapped(config.out / shards[0].file)).schema
+    state, info = folder_metadata(manifest, schema)
     write_json(config.out / "state.json", state)
     write_json(config.out / "dataset_info.json", info)
     write_manifest(config.out, manifest)
@@ -532,7 +535,7 @@ def _statistics(config: PrepareConfig, records: list[dict[str, Any]], total: dic
             ]
         sources.append(
             {
-                "name": name,
+                "name": portable_name(name),
                 **{key: sum(entry[key] for entry in entries) for key in COUNTS},
                 "rejected": dict(sorted(per_reason.items())),
                 "partial": partial,

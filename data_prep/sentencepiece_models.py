@@ -87,7 +87,7 @@ def save_as_tokenizer(model_file: Path, folder: Path) -> None:
             pair=f"{bos} $A {bos}:1 $B:1",
             special_tokens=[(bos, spec_ids.bos_id)],
         )
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     (folder / "tokenizer.model").write_bytes(model_file.read_bytes())

@@ -17,6 +17,7 @@ Rows (`manifest.rows`):
 """
 
 import json
+import mmap
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -154,7 +155,7 @@ def folder_vocabulary(folder: Path) -> dict[str, int]:
         if (folder / "tokenizer.json").is_file():
             import tokenizers
 
-            return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+            return tokenizers.Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8")).get_vocab()
         if (folder / "vocab.txt").is_file():
             lines = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
             return {token.rstrip("\r"): index for index, token in enumerate(lines) if token or index < len(lines) - 1}
@@ -242,7 +243,7 @@ class ShardSet:
                 self.verify(number)
             shard = self.manifest.shards[number]
             try:
-                table = pa.ipc.open_stream(pa.memory_map(str(self.folder / shard.file))).read_all()
+                table = pa.ipc.open_stream(mapped(self.folder / shard.file)).read_all()
             except (pa.ArrowException, OSError) as error:
                 raise DataError(f"opening shard {self.folder / shard.file}: {error} - {REMAKE}") from None
             if table.num_rows != shard.rows:
@@ -277,6 +278,12 @@ class ShardSet:
 
 
 REMAKE = "remove that file and manifest.json, then run the capgap prepare command of this folder again"
+
+
+def mapped(path: Path) -> pa.Buffer:
+    """A file as memory, read when touched; by Python's mmap: pyarrow's refuses names that the locale cannot spell."""
+    with open(path, "rb") as file:
+        return pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def read_manifest(folder: Path) -> Manifest:

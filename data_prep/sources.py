@@ -23,7 +23,8 @@ import pyarrow as pa
 
 from data_prep.bz2_streams import Meter, decompress, find_streams, read_index
 from data_prep.errors import ConfigError, DataError
-from data_prep.files import content_hash
+from data_prep.files import content_hash, portable_name
+from data_prep.shards import mapped
 from data_prep.wikipedia import PageReader, SiteNames, read_pages
 
 TxtDocuments = Literal["blank-lines", "file"]
@@ -130,7 +131,7 @@ def _saved_files(folder: Path) -> list[str]:
 def fingerprint(source: Source) -> dict[str, Any]:
     """Name, size and a hash over sizes, first and last MiB of every file: tells sources apart without reading them."""
     if not source.files:
-        return {"name": source.name, "files": 0, "bytes": 0, "hash": content_hash(source.name.encode())}
+        return {"name": portable_name(source.name), "files": 0, "bytes": 0, "hash": content_hash(source.name.encode())}
     parts = []
     for file in source.files:
         size = file.stat().st_size
@@ -138,9 +139,9 @@ def fingerprint(source: Source) -> dict[str, Any]:
             head = content.read(FINGERPRINT_BYTES)
             content.seek(max(0, size - FINGERPRINT_BYTES))
             tail = content.read(FINGERPRINT_BYTES)
-        parts.append(f"{file.name} {size} {content_hash(head)} {content_hash(tail)}")
+        parts.append(f"{portable_name(file.name)} {size} {content_hash(head)} {content_hash(tail)}")
     return {
-        "name": Path(source.name).name,
+        "name": portable_name(Path(source.name).name),
         "files": len(source.files),
         "bytes": source.num_bytes,
         "hash": content_hash("\n".join(parts).encode()),
@@ -304,7 +305,7 @@ def _unpacked_chunks(source: Source, file: Path, packed: str) -> Iterator[bytes]
         if packed == ".gz":
             yield from _gunzip(source, file, zlib.decompressobj)
         else:
-            with pa.input_stream(str(file), compression="zstd") as content:
+            with open(file, "rb") as raw, pa.input_stream(raw, compression="zstd") as content:
                 while chunk := content.read(1 << 20):
                     yield chunk
             source.meter.num_bytes = before + size
@@ -483,12 +484,11 @@ def _saved_dataset_rows(source: Source) -> Iterator[tuple[str, dict[str, Any], i
     number = 0
     for file in source.files:
         try:
-            with pa.memory_map(str(file)) as content:
-                for batch in pa.ipc.open_stream(content):
-                    for start in range(0, batch.num_rows, 256):
-                        for row in batch.slice(start, 256).to_pylist():
-                            number += 1
-                            yield f"row {number}", row, 0
+            for batch in pa.ipc.open_stream(mapped(file)):
+                for start in range(0, batch.num_rows, 256):
+                    for row in batch.slice(start, 256).to_pylist():
+                        number += 1
+                        yield f"row {number}", row, 0
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"reading {file}: {_first_line(error)} - damaged - save the dataset again") from None
         source.meter.num_bytes += file.stat().st_size

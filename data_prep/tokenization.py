@@ -158,7 +158,7 @@ def _save_wordpiece(source: Path, folder: Path) -> None:
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
     )
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     names = {
         "cls_token": "[CLS]",
         "sep_token": "[SEP]",
@@ -177,7 +177,8 @@ def load_reference(folder: Path) -> Any:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # our processes are the parallelism
     try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        # Through Python: the library refuses paths that are not UTF-8 in the locale at hand.
+        tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
     except Exception as error:  # tokenizers raises bare Exception
         raise DataError(f"loading tokenizer {folder / 'tokenizer.json'}: {error} - damaged - copy it again") from None
     tokenizer.no_truncation()

@@ -7,7 +7,7 @@ from xml.parsers import expat
 
 from data_prep.errors import DataError
 
-SILENCE_LIMIT = 64 << 20  # bytes that may pass without one XML event: more is a bomb or not a dump
+SILENCE_LIMIT = 16 << 20  # bytes that may pass without one XML event: more is a bomb or not a dump
 FILE_NAMESPACE, CATEGORY_NAMESPACE, MEDIA_NAMESPACE = "6", "14", "-2"
 
 
