@@ -256,6 +256,8 @@ class _TritonExpertMLP(torch.autograd.Function):
         slot_M, position_NK, offsets_E1 = ctx.routing.slot_M, ctx.routing.position_NK, ctx.routing.offsets_E1
         needs_gate, needs_hidden, needs_w1, needs_w2, needs_b1, needs_b2, needs_w3 = ctx.needs_input_grad[:7]
         top_k = gate_NK.shape[1]
+        if grad_ND.stride(1) != 1:  # an expanded or transposed gradient would be gathered element by element
+            grad_ND = grad_ND.contiguous()
         grad_pre_MF, grad_up_MF, weighted_inner_MF, part_GM = kernels.gradient_before_activation(
             grad_ND, gate_NK, slot_M, offsets_E1, w2_EDF, pre_MF, up_MF, gelu=ctx.gelu
         )

@@ -124,7 +124,8 @@ def route_scores_kernel(
 
 @triton.jit
 def route_scan_kernel(
-    count_ptr,  # in: [E + 1, B] slots of each block per expert; out: slots of the blocks before it
+    count_ptr,  # [E + 1, B]: slots of each block per expert
+    before_ptr,  # out [E + 1, B]: slots of the blocks before it (not in place: warps may hold copies of one count)
     total_ptr,  # out [E + 1]
     gate_sum_ptr,  # [E, B]
     z_loss_ptr,  # [B]
@@ -145,7 +146,7 @@ def route_scan_kernel(
         block_B = start + tl.arange(0, BLOCK_B)
         inside_B = block_B < B
         count_B = tl.load(count_ptr + expert * B + block_B, mask=inside_B, other=0)
-        tl.store(count_ptr + expert * B + block_B, total + tl.cumsum(count_B, 0) - count_B, mask=inside_B)
+        tl.store(before_ptr + expert * B + block_B, total + tl.cumsum(count_B, 0) - count_B, mask=inside_B)
         total += tl.sum(count_B, 0)
         if expert < E:
             sum_B += tl.load(gate_sum_ptr + expert * B + block_B, mask=inside_B, other=0.0)
@@ -310,12 +311,14 @@ def route_forward(
         HAS_VALID=valid_N is not None,
     )
 
+    before_EB = torch.empty_like(count_EB)
     total_E = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
     gate_sum_E = torch.empty(num_experts, dtype=torch.float32, device=device)
     z_loss_sum = torch.empty((), dtype=torch.float32, device=device)
     entropy_sum = torch.empty((), dtype=torch.float32, device=device)
     route_scan_kernel[(num_experts + 1,)](
         count_EB,
+        before_EB,
         total_E,
         partial,
         partial[num_experts],
@@ -335,7 +338,7 @@ def route_forward(
     route_place_kernel[(num_blocks,)](
         expert_NK,
         valid_N,
-        count_EB,
+        before_EB,
         total_E,
         slot_M,
         position_NK,
