@@ -73,9 +73,8 @@ class Result:
 def main(argv: list[str] | None = None) -> int:
     config = tyro.cli(ScoreConfig, args=argv, prog="capgap score")
     tasks = {name: TASKS[name] for name in expand_tasks(config.tasks)}
-    expand_tasks(
-        [*config.settings.learning_rate_of], flag="--learning-rate-of"
-    )  # a misspelt name would be ignored without a word
+    # A misspelt name there would be ignored without a word.
+    expand_tasks([*config.settings.learning_rate_of], flag="--learning-rate-of")
     # Missing files and wrong names show before torch is imported.
     data_hashes = {
         name: {path.name: file_hash(path) for path in task.files(config.data)} for name, task in tasks.items()
@@ -208,7 +207,7 @@ def measure_pending(
         figures = model_figures(config, source, device=device, ids=prepared[names[0]].sample_ids)
         write_json(folder / "model.json", {"fingerprint": fingerprint, **figures})
     total = sum(tasks[unit.task].work(prepared[unit.task], config.settings) for unit in pending)
-    with Progress("score", total, unit="examples") as progress:
+    with Progress("score", total, unit="passes") as progress:
         for unit in pending:
             label = unit.task if unit.seed is None else f"{unit.task} seed {unit.seed}"
             began = time.perf_counter()
@@ -244,7 +243,9 @@ def model_figures(config: ScoreConfig, source: Any, *, device: Any, ids: Any) ->
     from pipeline.eval_tasks.loading import encoder_figures
     from pipeline.eval_tasks.throughput import measure_throughput
 
-    model = source.model(transformers.AutoModel, device=device)
+    # As it would be served: with weights, not only arithmetic, in the precision asked for.
+    dtype = torch.bfloat16 if config.settings.precision == "bf16" else torch.float32
+    model = source.model(transformers.AutoModel, device=device, dtype=dtype)
     figures = {
         "name": config.model,
         "source": str(source.folder.resolve()),
