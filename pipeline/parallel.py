@@ -1,11 +1,13 @@
 """Ranks, process groups and the DeepSpeed engine."""
 
+import math
 import os
 import socket
 import subprocess
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -138,6 +140,9 @@ def start_engine(student: nn.Module, config: RunConfig, ranks: Ranks) -> Any:
         from pipeline.expert_parallel import use_our_layers
 
         use_our_layers(student, config.student.router_jitter)
+        if engine.zero_optimization_stage() == 0:
+            # DeepSpeed's own (issue 8475) clips on each rank by the norm of the experts of that rank.
+            engine.clip_fp32_gradients = partial(_clip_replicated_gradients, engine)
     return engine
 
 
@@ -163,17 +168,17 @@ def take_step(engine: Any) -> bool:
     Then no weight, moment or master copy has changed, on any rank. The engine refuses such a step by itself, except in
     fp32 without ZeRO.
     """
-    if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
-        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        if gradients and not bool(nn.utils.get_total_norm(gradients).isfinite()):
-            for gradient in gradients:
-                gradient.zero_()
-            engine.optimizer.step = lambda *_: None
-            try:
-                engine.step()
-            finally:
-                del engine.optimizer.step
-            return False
+    norm = replicated_gradient_norm(engine)
+    if norm is not None and not math.isfinite(norm):
+        for parameter in engine.module.parameters():
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+        engine.optimizer.step = lambda *_: None
+        try:
+            engine.step()
+        finally:
+            del engine.optimizer.step
+        return False
     engine.step()
     return bool(engine.was_step_applied())
 
@@ -182,8 +187,32 @@ def replicated_gradient_norm(engine: Any) -> float | None:
     """The global gradient norm where DeepSpeed keeps none: fp32 without ZeRO. Call it between backward and step."""
     if engine.zero_optimization_stage() != 0 or not engine.is_gradient_accumulation_boundary():
         return None
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    return float(nn.utils.get_total_norm(gradients)) if gradients else None
+    return float(_norm_of_replicated_gradients(engine))
+
+
+def _norm_of_replicated_gradients(engine: Any) -> Tensor:
+    """The norm over the whole model, the same on every rank: experts of other ranks are asked for theirs."""
+    from deepspeed.utils import groups
+
+    norms: dict[str | None, list[Tensor]] = {None: []}
+    for parameter in engine.module.parameters():
+        if parameter.grad is not None:
+            is_spread = not getattr(parameter, "allreduce", True)
+            norms.setdefault(parameter.group_name if is_spread else None, []).append(parameter.grad)
+    squared = torch.zeros((), device=engine.device)
+    for name, gradients in norms.items():
+        part = nn.utils.get_total_norm(gradients).to(engine.device).square()
+        if name is not None:
+            dist.all_reduce(part, group=groups._get_expert_parallel_group(name))
+        squared = squared + part
+    return squared.sqrt()
+
+
+def _clip_replicated_gradients(engine: Any) -> None:
+    factor = engine.gradient_clipping() / (_norm_of_replicated_gradients(engine) + 1e-6)
+    for parameter in engine.module.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor.clamp(max=1.0))
 
 
 def gradient_norm(engine: Any) -> float | None:

@@ -34,13 +34,6 @@ def check_parallelism(
             "engine.ds_config: ZeRO 0 with bf16 keeps no fp32 sum of the gradients - "
             "use ds_configs/zero1.json, or engine.precision fp32"
         )
-    if size > 1 and stage == 0:
-        raise ConfigError(
-            f"{key} with ZeRO 0: DeepSpeed clips by the norm of the experts of one rank alone (its issue 8475) - "
-            "use ds_configs/zero1.json or zero2.json"
-        )
-    if size > 1 and stage == 1 and precision == "bf16":
-        raise ConfigError(f"{key} with ZeRO 1 and bf16 is unproven - use ds_configs/zero2.json")
     for part in ("offload_optimizer", "offload_param"):
         device = zero.get(part, {}).get("device", "none")
         if device == "nvme":

@@ -55,7 +55,7 @@ def held_pieces(engine: Any) -> list[Piece]:
         offset, shape = _place_among_experts(parameter)
         is_replicated = not trained or stage == 0
         numel = views["weight"].numel()
-        owned = _share(numel) if is_replicated and stage != 3 else slice(0, numel)
+        owned = _share(numel, _holders(parameter)) if is_replicated and stage != 3 else slice(0, numel)
         pieces.append(Piece(name, start + offset, shape, views, owned))
     for name, buffer in _persistent_buffers(engine.module):
         views = {"weight": buffer.data.view(-1)}
@@ -178,10 +178,19 @@ def _place_among_experts(parameter: Any) -> tuple[int, tuple[int, ...]]:
     return dist.get_rank(group=group) * numel, (shape[0] * dist.get_world_size(group=group), *shape[1:])
 
 
-def _share(numel: int) -> slice:
-    """This rank's even share of a run that every rank holds."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    return slice(numel * rank // world_size, numel * (rank + 1) // world_size)
+def _holders(parameter: Any) -> Any:
+    """The group of ranks that hold the same tensor; None is all of them."""
+    if getattr(parameter, "allreduce", True):
+        return None
+    from deepspeed.utils import groups
+
+    return groups._get_expert_data_parallel_group(parameter.group_name)
+
+
+def _share(numel: int, holders: Any = None) -> slice:
+    """This rank's even share of a run that several ranks hold."""
+    rank, size = dist.get_rank(group=holders), dist.get_world_size(group=holders)
+    return slice(numel * rank // size, numel * (rank + 1) // size)
 
 
 def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

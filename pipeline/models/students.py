@@ -138,7 +138,9 @@ class MiniMoEStudent(nn.Module):
 
     def served_model(self) -> PreTrainedModel:
         """What users load: the encoder alone, in its plain form, to be filled with the trained weights."""
-        return MiniMoEModel(self.backbone.config)
+        config = self.backbone.config
+        assert isinstance(config, MiniMoEConfig)
+        return MiniMoEModel(config)
 
 
 def build_student(

@@ -19,12 +19,13 @@ def two_ranks(engine_recipe):
     """Differences from the bare loop over three steps; `saved` is a checkpoint of the last one."""
     folder = engine_recipe.parent / "two"
     cases = {
+        "ZeRO 0, clipped": case("zero0", experts=2, micro=8, clip=0.05),
         "ZeRO 1": case("zero1", experts=2, micro=8, save=folder / "a"),
         "ZeRO 2, accumulation, clipped": case("zero2", experts=2, micro=4, clip=0.05),
         "ZeRO 3, an expert without tokens": case("zero3", experts=2, micro=4, starve=True),
         "ZeRO 2 offloaded, recomputed": case("zero2_offload", experts=2, micro=8, recompute=True),
-        "ZeRO 3 offloaded, no experts shared": case("zero3_offload", micro=8),
-        "bf16": case("zero2", experts=2, micro=8, precision="bf16", save=folder / "b"),
+        "ZeRO 3 offloaded, accumulation": case("zero3_offload", experts=2, micro=4),
+        "bf16 at ZeRO 1, accumulation": case("zero1", experts=2, micro=4, precision="bf16", save=folder / "b"),
     }
     return run_cases(engine_recipe, cases, ranks=2, folder=folder)
 

@@ -13,7 +13,7 @@ def stage_of(stage=2, size=1, num_experts=4, world_size=4, precision="fp32", **z
     )
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_sizes_that_divide_experts_and_ranks_are_legal(stage, size):
     assert stage_of(stage, size) == stage
@@ -31,8 +31,6 @@ def test_a_config_without_zero_is_stage_0():
         ({"size": 4, "world_size": 6}, "does not divide 6 ranks - use 1 or 2"),
         ({"size": 2, "world_size": 1}, "does not divide 1 ranks - use 1$"),
         ({"size": 2, "num_experts": 1}, "the student is dense"),
-        ({"size": 2, "stage": 0}, "8475.*zero1.json"),
-        ({"size": 2, "stage": 1, "precision": "bf16"}, "use ds_configs/zero2.json"),
         ({"stage": 0, "precision": "bf16"}, "use ds_configs/zero1.json, or engine.precision fp32"),
         ({"offload_optimizer": {"device": "nvme"}}, "nvme is unproven - use device cpu"),
     ],
