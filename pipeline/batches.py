@@ -6,7 +6,7 @@ number of ranks, so a run can stop and go on with another number of ranks and se
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from data_prep.shards import ShardSet
+from pipeline.cached_signals import CachedSignals
 from pipeline.config import BatchConfig
 from pipeline.signals import Batch
 
@@ -64,7 +65,7 @@ def _as_u64(number: int) -> np.uint64:
 def _mix(value: Any) -> Any:
     """SplitMix64's finaliser: every input bit reaches every output bit."""
     with np.errstate(over="ignore"):
-        value = (np.uint64(value) if np.isscalar(value) else value) + np.uint64(0x9E3779B97F4A7C15)
+        value = (np.uint64(value) if isinstance(value, int | np.integer) else value) + np.uint64(0x9E3779B97F4A7C15)
         value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return value ^ (value >> np.uint64(31))
@@ -100,6 +101,7 @@ class BatchPlan:
     order_seed: int
     rank: int
     world_size: int
+    cache: CachedSignals | None = None
 
     def step_data(self, step: int) -> StepData:
         """This rank's micro-batches of optimizer step `step` (counted from 0), on the CPU."""
@@ -110,6 +112,9 @@ class BatchPlan:
             positions = np.arange(start, start + self.batch.micro_size)
             taken = sample_rows(start, start + self.batch.micro_size, num_rows=len(self.shards), seed=self.order_seed)
             batch = BATCHES[self.shards.manifest.rows](self.shards.read(taken))
+            if self.cache is not None:
+                columns = self.cache.read(taken)
+                batch = replace(batch, cached_signals={name: _signed(column) for name, column in columns.items()})
             micro_batches.append(batch)
             rows.append(taken)
             digest += rows_digest(positions, taken)
@@ -164,6 +169,11 @@ BATCHES = {"bert-pairs": bert_batch, "lm-blocks": decoder_batch}
 
 def _column(values: np.ndarray) -> Tensor:
     return torch.from_numpy(values.astype(np.int64)).unsqueeze(1)
+
+
+def _signed(packed: np.ndarray) -> Tensor:
+    # torch has few operations on unsigned integers, so the same bits travel as signed ones.
+    return torch.from_numpy(packed.view(packed.dtype.name.removeprefix("u")))
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -38,7 +38,7 @@ def build_models(config: RunConfig, checked: Checked) -> tuple[Any, Any]:
     import torch
     import transformers
 
-    from pipeline.models.decoders import NoTeacher, build_decoder, load_causal_teacher
+    from pipeline.models.decoders import CachedTeacher, NoTeacher, build_decoder, load_causal_teacher
     from pipeline.models.students import build_student
     from pipeline.models.teachers import load_teacher
 
@@ -50,6 +50,8 @@ def build_models(config: RunConfig, checked: Checked) -> tuple[Any, Any]:
         decoder = build_decoder(
             config.student, checked.shards.manifest, init_folder=checked.init_folder, seed=config.seed
         )
+        if checked.cache is not None:
+            return decoder, CachedTeacher(checked.cache.manifest)
         if checked.teacher_folder is None:
             return decoder, NoTeacher()
         return decoder, load_causal_teacher(checked.teacher_folder, config.teacher, dtype=dtype)
@@ -69,7 +71,7 @@ def describe(config: RunConfig, checked: Checked, student: Any, teacher: Any) ->
 
     length = checked.shards.manifest.length
     served = student.served_model()
-    sizes = {
+    sizes: dict[str, dict[str, Any]] = {
         "student": {
             "name": config.student.architecture,
             "parameters_training": num_parameters(student),

@@ -211,7 +211,7 @@ def distill(config: RunConfig, checked: Checked) -> int:
     topology = checkpoints.Topology(
         ranks.world_size, checked.zero_stage, config.engine.precision, config.engine.expert_parallel_size
     )
-    plan = BatchPlan(checked.shards, config.batch, config.data.order_seed, ranks.rank, ranks.world_size)
+    plan = BatchPlan(checked.shards, config.batch, config.data.order_seed, ranks.rank, ranks.world_size, checked.cache)
 
     # Resume: the newest checkpoint that is whole decides the position, and the position decides the data.
     found = ranks.gather(_newest_valid(out / "checkpoints") if ranks.rank == 0 else None)[0]

@@ -9,6 +9,7 @@ from data_prep.errors import CapgapError, ConfigError, DataError
 from data_prep.files import read_json
 from data_prep.model_folders import find_model_folder, read_model_config
 from data_prep.shards import ShardSet, folder_vocabulary, open_shards, tokenizer_hash
+from pipeline.cached_signals import CachedSignals, check_cache
 from pipeline.config import RunConfig, changed_keys, load_ds_config
 from pipeline.parallel_rules import check_parallelism
 
@@ -26,6 +27,7 @@ class Checked:
     zero_stage: int
     accumulation_steps: int
     num_steps: int
+    cache: CachedSignals | None = None
 
 
 class Problems:
@@ -69,6 +71,9 @@ def check_run(config: RunConfig, world_size: int) -> Checked:
     if shards and teacher_config:
         check(check_length, shards, teacher_config)
         check(check_head, shards, teacher_config, f"teacher.model {name}")
+    cache = None
+    if config.teacher.cache is not None and shards:
+        cache = check(open_cache, config, shards, teacher_folder)
     source = config.student.init_from
     init_folder = teacher_folder if source == "teacher" else check(find_model_folder, source) if source else None
     if is_decoder and shards and init_folder:
@@ -82,7 +87,23 @@ def check_run(config: RunConfig, world_size: int) -> Checked:
         check(check_same_run, config, shards)
     problems.raise_if_any()
     assert shards and accumulation and num_steps and stage is not None
-    return Checked(shards, teacher_folder, teacher_config or {}, init_folder, stage, accumulation, num_steps)
+    return Checked(shards, teacher_folder, teacher_config or {}, init_folder, stage, accumulation, num_steps, cache)
+
+
+def open_cache(config: RunConfig, shards: ShardSet, teacher_folder: Path | None) -> CachedSignals:
+    """The teacher's cached signals, which must be those of these shards, this temperature and this teacher."""
+    assert config.teacher.cache is not None
+    if config.student.architecture != "decoder":
+        raise ConfigError("teacher.cache holds next-token signals, which encoders have not - leave it out")
+    loss = config.loss
+    check_cache(
+        Path(config.teacher.cache),
+        shards,
+        temperature=loss.temperature,
+        divergences=[name for name in ("logit_kl", "reverse_kl", "jsd") if getattr(loss, name)],
+        teacher_folder=teacher_folder,
+    )
+    return CachedSignals(Path(config.teacher.cache))
 
 
 def open_rows(folder: str, rows: str) -> ShardSet:

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from capgap_kernels import TeacherHead, route
+from capgap_kernels import TeacherHead, TeacherSamples, TeacherTopK, route
 from data_prep.errors import ConfigError
 from data_prep.shards import Manifest
+from pipeline.cached_signals import STEPS_PER_NAT, CacheManifest
 from pipeline.config import StudentConfig, TeacherConfig
 from pipeline.signals import Batch, RouterSignals, Signals
 
@@ -66,7 +67,7 @@ class DecoderStudent(nn.Module):
             return type(self.backbone)(self.backbone.config)
 
 
-def is_mixture(module: nn.Module) -> bool:
+def is_mixture(module: Any) -> bool:
     """Whether this is a feed-forward layer of experts behind a gate."""
     return isinstance(getattr(module, "gate", None), nn.Module) and isinstance(
         getattr(module, "experts", None), nn.Module
@@ -103,6 +104,33 @@ class NoTeacher(nn.Module):
 
     def forward(self, batch: Batch) -> Signals:
         return Signals(valid_BT=batch.valid_BT)
+
+
+class CachedTeacher(nn.Module):
+    """A teacher that has spoken before: unpacks what `capgap cache` stored about the rows of a batch."""
+
+    def __init__(self, manifest: CacheManifest):
+        super().__init__()
+        self.manifest = manifest
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Signals:
+        assert batch.cached_signals is not None
+        packed = {name: _unsigned(part) for name, part in batch.cached_signals.items()}
+        ids_NK = packed["ids"].flatten(0, 1)
+        rest_N = packed["rest"].flatten().float() / STEPS_PER_NAT
+        said: TeacherTopK | TeacherSamples
+        if self.manifest.signal == "sampled":
+            weights_NK = torch.full(ids_NK.shape, 1 / self.manifest.k, device=ids_NK.device)
+            said = TeacherSamples(ids_NK, weights_NK, rest_N)
+        else:
+            said = TeacherTopK(ids_NK, packed["values"].flatten(0, 1).float() / -STEPS_PER_NAT, -rest_N)
+        return Signals(valid_BT=batch.valid_BT, next_token=said)
+
+
+def _unsigned(part: Tensor) -> Tensor:
+    """int64 of integers whose bits are unsigned."""
+    return part.long() & (2 ** (8 * part.element_size()) - 1)
 
 
 def load_causal_teacher(folder: Path, config: TeacherConfig, *, dtype: torch.dtype) -> CausalTeacher:

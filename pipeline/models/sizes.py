@@ -1,6 +1,7 @@
 """Counts parameters, multiply-accumulates and bytes of a run before it starts."""
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import nn
 
@@ -17,19 +18,20 @@ def num_parameters(model: nn.Module) -> int:
 def num_active_parameters(model: nn.Module) -> int:
     """Parameters that one token meets: of each layer of experts, the chosen ones."""
     spared = 0
-    for module in model.modules():
-        if isinstance(module, MiniMoEFeedForward) or is_mixture(module):
-            spared += num_parameters(module.experts) - _active_in(module, model)
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        if is_mixture(module):
+            spared += sum(weight.numel() for weight in module.experts.parameters()) - _active_in(module, model)
         elif isinstance(module, MiniMoEAttention) and module.gate is not None:
             maps = (module.qkv_weight, module.qkv_bias, module.output_weight, module.output_bias)
             spared += sum(parameter[1:].numel() for parameter in maps)
     return num_parameters(model) - spared
 
 
-def _active_in(module: nn.Module, model: nn.Module) -> int:
+def _active_in(module: Any, model: Any) -> int:
     """Parameters of a layer's experts that one token meets."""
     chosen = getattr(model.config, "num_experts_per_tok", 1)
-    return chosen * sum(parameter[0].numel() for parameter in module.experts.parameters())
+    return chosen * sum(weight[0].numel() for weight in module.experts.parameters())
 
 
 def linear_macs(encoder: nn.Module, length: int) -> int:
@@ -87,7 +89,7 @@ def estimate_memory(
     split = [1, world_size, world_size, world_size][zero_stage]
     master = 4 if bf16 or zero_stage else 0
     tokens = config.batch.micro_size * length
-    shape = student.backbone.config
+    shape: Any = student.get_submodule("backbone").config
     is_decoder = config.student.architecture == "decoder"
     hidden, num_layers = shape.hidden_size, shape.num_hidden_layers
     ffn = getattr(shape, "moe_intermediate_size", shape.intermediate_size) * getattr(shape, "num_experts_per_tok", 1)

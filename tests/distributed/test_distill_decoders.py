@@ -57,9 +57,9 @@ def test_a_decoder_that_is_stopped_and_resumed_on_two_ranks_equals_the_unbroken_
     again = [*flags, "--out", str(broken)]
     ledger = broken / "ledger.jsonl"
     with started(distill_command(*again, ranks=2)) as process:
-        wait_for(lambda: ledger.exists() and len(ledger.read_text().splitlines()) >= 4)
+        wait_for(lambda: ledger.exists() and len(ledger.read_text().splitlines()) >= 4, seconds=200)
         os.killpg(process.pid, signal.SIGUSR1)
-        process.communicate(timeout=60)
+        process.communicate(timeout=200)
     assert not (broken / "DONE").exists()
     code, output = distill(*again, ranks=2)
     assert code == 0 and "resumed from" in output, output
