@@ -382,12 +382,15 @@ class _Chunk:
             kl_n1 = weight_n1 = torch.zeros_like(valid_n1)
             by_kept_nK = kept_nK
             shift_n1 = torch.zeros_like(valid_n1)
+            lse_n1 = None
         ce_n1, label_n1 = torch.zeros_like(valid_n1), None
         full_lse_n1 = None
         if label_logit_n1 is not None and labels_n is not None:
-            full_lse_n1 = kernels.row_logsumexp(logits_nR, 1.0)[:, None]
-            if isinstance(teacher, TeacherTopK):
-                full_lse_n1 = torch.logaddexp(full_lse_n1, kept_nK.logsumexp(1, keepdim=True))
+            full_lse_n1 = lse_n1
+            if full_lse_n1 is None or mix.temperature != 1:
+                full_lse_n1 = kernels.row_logsumexp(logits_nR, 1.0)[:, None]
+                if isinstance(teacher, TeacherTopK):
+                    full_lse_n1 = torch.logaddexp(full_lse_n1, kept_nK.logsumexp(1, keepdim=True))
             label_n1 = (labels_n >= 0).to(wide)[:, None]
             ce_n1 = label_n1 * (full_lse_n1 - label_logit_n1)
         losses_n2 = torch.cat([kl_n1 * valid_n1, ce_n1], 1)
