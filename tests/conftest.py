@@ -48,6 +48,8 @@ def pytest_terminal_summary(terminalreporter) -> None:
     terminalreporter.section("faults")
     terminalreporter.write_line(f"{'fault':52} {'injected':>8} {'tests':>6} {'failed':>6}")
     for number, name in FAULTS.items():
-        row = table.get(number)
-        counts = f"{row['injected']:8} {row['passed'] + row['failed']:6} {row['failed']:6}" if row else "   no test"
+        found = table.get(number)
+        counts = "   no test"
+        if found:
+            counts = f"{found['injected']:8} {found['passed'] + found['failed']:6} {found['failed']:6}"
         terminalreporter.write_line(f"{number:2} {name:49} {counts}")
