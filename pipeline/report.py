@@ -109,6 +109,8 @@ def table_rows(runs: list[Run], scored: dict[str, Scores]) -> list[Model]:
     """
     teachers: dict[str, Model] = {}
     for run in runs:
+        if "teacher" not in run.record:
+            continue
         name = run.teacher_name or "teacher"
         if name not in teachers:
             teachers[name] = Model(name=name, role="teacher", colour=TEACHER_COLOUR)

@@ -97,7 +97,8 @@ class Run:
 def open_run(name: str, folder: Path) -> Run:
     """A run folder with run.json; DataError names the file that is missing or damaged."""
     record = read_json(folder / "run.json", MEND_RUN)
-    for role in ("student", "teacher"):
+    # A decoder that was trained on text alone has no teacher.
+    for role in ("student", "teacher") if "teacher" in record else ("student",):
         if not isinstance(record.get(role), dict) or "parameters_served" not in record[role]:
             raise DataError(f"reading {folder / 'run.json'}: {role}.parameters_served is missing - {MEND_RUN}")
     metrics = folder / "metrics.jsonl"
