@@ -30,11 +30,13 @@ from data_prep.files import (
     read_json,
     remove_folder,
     rename,
+    replacing_folder,
     require_free_space,
+    write_bytes,
     write_json,
 )
 from pipeline.parallel import Ranks
-from pipeline.state_files import fill_pieces, read_weights, write_pieces
+from pipeline.state_files import fill_pieces, read_weights, whole_pieces, write_pieces
 from pipeline.state_pieces import finish_filling, held_pieces, tensor_names, updates_taken
 
 RECORD = "checkpoint.json"
@@ -218,6 +220,29 @@ def trained_weights(path: Path) -> dict[str, torch.Tensor]:
     """The whole weights of a checkpoint under the student's names, on the CPU, float32 where they are not integers."""
     weights = read_weights(sorted(path.glob("state-*.safetensors")))
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+
+
+def merge(path: Path, out: Path) -> Path:
+    """Writes the checkpoint as OUT/step-... with whole tensors instead of the pieces of each rank.
+
+    A run goes on from it as from the other, also bit for bit. CheckpointError when the checkpoint is damaged.
+    """
+    record = verified_record(path)
+    target = out / path.name
+    if target.exists():
+        raise CheckpointError(f"convert: {target} exists already - choose another --out")
+    make_folder(out)
+    hashes = {}
+    with replacing_folder(target) as written:
+        for number, pieces in enumerate(whole_pieces(sorted(path.glob("state-*.safetensors")))):
+            name = f"state-{number:05d}.safetensors"
+            hashes[name] = write_pieces(written / name, pieces)
+        for name in record["files"]:
+            if name.startswith("rank-"):
+                hashes[name] = write_bytes(written / name, (path / name).read_bytes())
+        record = {**record, "files": dict(sorted(hashes.items()))}
+        write_json(written / RECORD, record | {"hash": _record_hash(record)})
+    return target
 
 
 def _record_hash(record: dict[str, Any]) -> str:

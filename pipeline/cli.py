@@ -14,6 +14,7 @@ JOBS = {
     "cache": ("pipeline.teacher_cache", "store a teacher's next-token distributions beside the shards"),
     "pretrain": ("pipeline.distill", "train a decoder on text alone: a recipe with teacher.model null"),
     "distill": ("pipeline.distill", "train a student (one process; use deepspeed or srun for several)"),
+    "checkpoint": ("pipeline.checkpoint_tool", "show, verify or merge checkpoints"),
     "score": ("pipeline.score", "fine-tune and evaluate a model"),
     "report": ("pipeline.report", "compare runs on one page"),
 }

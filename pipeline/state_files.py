@@ -2,7 +2,7 @@
 
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
@@ -143,3 +143,20 @@ def read_weights(files: list[Path]) -> dict[str, Tensor]:
     with ExitStack() as opened:
         state = StateFiles(files, opened)
         return {name: state.whole("weight", name) for name in state.shapes}
+
+
+def whole_pieces(files: list[Path], *, max_bytes: int = 1 << 31) -> Iterator[list[Piece]]:
+    """All tensors of a checkpoint as whole pieces, in lots of about `max_bytes` that are in memory one at a time."""
+    with ExitStack() as opened:
+        state = StateFiles(files, opened)
+        lot: list[Piece] = []
+        size = 0
+        for name, shape in state.shapes.items():
+            views = {part: state.whole(part, name).view(-1) for part in state.parts(name)}
+            lot.append(Piece(name, 0, shape, views, slice(0, prod(shape))))
+            size += sum(view.numel() * view.element_size() for view in views.values())
+            if size >= max_bytes:
+                yield lot
+                lot, size = [], 0
+        if lot:
+            yield lot
