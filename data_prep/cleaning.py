@@ -250,9 +250,7 @@ def tidy_text(text: str) -> str:
             text = text.replace(mark, "")
     if "&" in text:
         text = unescape(text.replace("&nbsp;", " "))
-    for space in SPACES:
-        if space in text:
-            text = text.replace(space, " ")
+    text = plain_spaces(text)
     text = "".join(EMPTY_BRACKETS.split(text))
     text = "(".join(OPENING.split(text))
     if "（" in text:
@@ -261,6 +259,22 @@ def tidy_text(text: str) -> str:
     text = "".join(SPACE_BEFORE_SIGN.split(text))
     lines = [line.strip() for line in text.split("\n")]
     return "\n".join([line for line in lines if len(line) > 8 or any(map(str.isalnum, line))])
+
+
+def plain_spaces(text: str) -> str:
+    """The text with U+0020 for every other space but the line feed."""
+    for space in SPACES:
+        if space in text:
+            text = text.replace(space, " ")
+    return text
+
+
+def tidy_plain(text: str) -> str:
+    """Text that was never wikitext: single spaces, no empty lines, nothing else changed."""
+    text = plain_spaces(text)
+    if "  " in text:
+        text = " ".join(MANY_SPACES.split(text))
+    return "\n".join(filter(None, [line.strip() for line in text.split("\n")]))
 
 
 def clean_with_mwparserfromhell(text: str, hidden: frozenset[str] = HIDDEN_LINKS) -> str:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import xxhash
 
-from data_prep.cleaning import CLEANERS
+from data_prep.cleaning import CLEANERS, tidy_plain
 from data_prep.files import write_json
 from data_prep.packing import Pairing, fill_blocks, fill_pairs, plan_blocks, plan_pairs
 from data_prep.sentences import split_sentences
@@ -98,13 +98,16 @@ class PartMaker:
     """Holds what is loaded once per process: the engine and the cleaner."""
 
     def __init__(
-        self, folder: Path, options: PartOptions, tokenizer: dict[str, Any], engine: EngineName, num_sources: int
+        self,
+        folder: Path,
+        options: PartOptions,
+        tokenizer: dict[str, Any],
+        engine: Engine | EngineName | None,
+        num_sources: int,
     ):
         self._folder, self._options, self._tokenizer, self._num_sources = folder, options, tokenizer, num_sources
-        self._engine: Engine | None = None
-        if options.rows != "text":
-            # Verified on the sample by the parent already, the same for all processes.
-            self._engine, _ = make_engine(engine, folder / "tokenizer", [])
+        # A name comes from the parent process, which has verified that engine on the first documents.
+        self._engine = make_engine(engine, folder / "tokenizer", [])[0] if isinstance(engine, str) else engine
         self._clean = CLEANERS[options.cleaner]
 
     def make(self, part: Part) -> dict[str, Any]:
@@ -153,7 +156,7 @@ class PartMaker:
         if len(document.text) > self._options.read.max_page_bytes:
             return "too large", ""
         if document.hidden is None:
-            return "", "\n".join(line for raw in document.text.split("\n") if (line := " ".join(raw.split())))
+            return "", tidy_plain(document.text)
         if self._options.drop_disambiguation and (
             document.title.endswith("(disambiguation)") or DISAMBIGUATION.search(document.text)
         ):

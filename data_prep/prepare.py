@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import pyarrow as pa
 import tyro
 
+from data_prep.cleaning import clean_wikitext
 from data_prep.errors import ConfigError, DataError, reports_errors
 from data_prep.files import (
     make_folder,
@@ -59,7 +60,14 @@ from data_prep.sources import (
     read_range,
     read_source,
 )
-from data_prep.tokenization import EngineName, describe_tokenizer, make_engine, sample_of, save_tokenizer
+from data_prep.tokenization import (
+    SAMPLE_CHARACTERS,
+    Engine,
+    EngineName,
+    describe_tokenizer,
+    make_engine,
+    save_tokenizer,
+)
 
 TEXT_PER_COMPRESSED_BYTE = 4  # of a bz2 dump, roughly: turns --part-megabytes into a length of compressed file
 
@@ -334,7 +342,6 @@ def _make_parts(
         require_free_space(config.out, total // num_tasks // 2)
     parts = plan_parts(config, sources)
     skipped = made = num_parts = 0
-    engine: EngineName | None = None
     with ExitStack() as held:
         progress = held.enter_context(Progress("prepare", total and total / 1e6, unit="MB"))
         pool: Pool | None = None
@@ -348,8 +355,9 @@ def _make_parts(
                 progress.advance(part.source_bytes / 1e6)
                 continue
             if pool is None:
-                engine = _choose_engine(config, part, sources)
-                maker = (config.out, config.part_options(), tokenizer, engine, len(sources))
+                engine = _choose_engine(config, part)
+                name = engine if engine is None or config.workers == 1 else engine.name
+                maker = (config.out, config.part_options(), tokenizer, name, len(sources))
                 pool = held.enter_context(Pool(maker, config.workers, progress))
             pool.submit(part)
             made += 1
@@ -361,31 +369,29 @@ def _make_parts(
         _say(f"{skipped} parts were complete already, {made} made now")
 
 
-def _choose_engine(config: PrepareConfig, part: Part, sources: list[Source]) -> EngineName:
+def _choose_engine(config: PrepareConfig, part: Part) -> Engine | None:
     """The wanted engine, or the reference when it does not give the same ids on the first documents; says so."""
     if config.rows == "text":
-        return "huggingface"
+        return None
     documents: Any = part.documents
     if part.place is not None:
         quiet = Source(part.place.source, "", [part.place.path], "files")
         documents = read_range(part.place, config.read_options(), quiet)
-    texts: list[str] = []
-    from data_prep.cleaning import clean_wikitext
-
+    lines: list[str] = []
     total = 0
     for document in documents:
         if document.rejected:
             continue
-        text = document.text[:100_000]
-        texts.append(clean_wikitext(text, document.hidden) if document.hidden is not None else text)
-        total += len(texts[-1])
-        if total > 300_000:
+        text = document.text[:SAMPLE_CHARACTERS]
+        text = clean_wikitext(text, document.hidden) if document.hidden is not None else text
+        lines += text.split("\n")
+        total += len(text)
+        if total > SAMPLE_CHARACTERS:
             break
-    lines = [line for text in sample_of(texts) for line in text.split("\n")]
     engine, why = make_engine(config.tokenizer_engine, config.out / "tokenizer", lines)
     if why:
         _say(f"warning: {why}")
-    return engine.name  # type: ignore[return-value]
+    return engine
 
 
 _maker: PartMaker | None = None

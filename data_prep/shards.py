@@ -102,11 +102,17 @@ def write_shard(path: Path, columns: Mapping[str, np.ndarray | Sequence[str]]) -
 
 
 def _to_arrow(column: np.ndarray | Sequence[str]) -> pa.Array:
+    # From buffers: pa.array(ndarray) would import pandas, which costs more than a small shard.
     if not isinstance(column, np.ndarray):
         return pa.array(column, pa.string())
     if column.ndim == 2:
-        return pa.FixedSizeListArray.from_arrays(pa.array(column.reshape(-1)), column.shape[1])
-    return pa.array(column)
+        return pa.FixedSizeListArray.from_arrays(_to_arrow(column.reshape(-1)), column.shape[1])
+    if column.dtype == bool:
+        return pa.Array.from_buffers(
+            pa.bool_(), len(column), [None, pa.py_buffer(np.packbits(column, bitorder="little"))]
+        )
+    column = np.ascontiguousarray(column)
+    return pa.Array.from_buffers(pa.from_numpy_dtype(column.dtype), len(column), [None, pa.py_buffer(column)])
 
 
 def folder_metadata(manifest: Manifest, schema: pa.Schema) -> tuple[dict[str, Any], dict[str, Any]]:

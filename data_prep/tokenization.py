@@ -43,7 +43,7 @@ SPLIT_AT_SPACES = {
     + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     for digits in (r"\p{N}{1,3}", r"\p{N}")
 }
-SAMPLE_CHARACTERS = 200_000  # of text on which an engine must equal the reference
+SAMPLE_CHARACTERS = 100_000  # of text on which an engine must equal the reference
 MEMO_ENTRIES = 400_000  # about 100 MB
 
 
@@ -61,7 +61,7 @@ class Tokens(NamedTuple):
 class Engine(Protocol):
     """Encodes texts without special tokens; special tokens written in a text are plain text."""
 
-    name: str
+    name: EngineName
 
     def encode(self, texts: Sequence[str]) -> Tokens: ...
 
@@ -232,7 +232,7 @@ def describe_tokenizer(name: str, folder: Path) -> dict[str, Any]:
 class ReferenceEngine:
     """transformers' own tokenizer, by encode_batch_fast."""
 
-    name = "huggingface"
+    name: EngineName = "huggingface"
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
@@ -278,7 +278,7 @@ class MemoEngine:
     piece by piece; the ids are gathered by number, all at once.
     """
 
-    name = "memo"
+    name: EngineName = "memo"
 
     def __init__(self, tokenizer: Any, scheme: MemoScheme):
         self._reference = ReferenceEngine(tokenizer)
@@ -402,7 +402,7 @@ def memo_scheme(tokenizer: Any) -> MemoScheme | None:
 class NanotokenEngine:
     """WordPiece in Rust with its own word cache (optional package nanotoken)."""
 
-    name = "nanotoken"
+    name: EngineName = "nanotoken"
 
     def __init__(self, folder: Path, tokenizer: Any):
         nanotoken = _optional("nanotoken")
@@ -420,7 +420,7 @@ class NanotokenEngine:
 class GigatokenEngine:
     """BPE in Rust with its own cache (optional package gigatoken)."""
 
-    name = "gigatoken"
+    name: EngineName = "gigatoken"
 
     def __init__(self, folder: Path, tokenizer: Any):
         gigatoken = _optional("gigatoken")
@@ -508,14 +508,3 @@ def first_difference(engine: Engine, reference: Engine, sample: Sequence[str]) -
             at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
             return f"text {text[:40]!r}: id {at} is {a[at : at + 1].tolist()}, not {b[at : at + 1].tolist()}"
     return "different offsets"
-
-
-def sample_of(texts: Sequence[str]) -> list[str]:
-    """The first texts, up to SAMPLE_CHARACTERS together."""
-    chosen, total = [], 0
-    for text in texts:
-        chosen.append(text)
-        total += len(text)
-        if total >= SAMPLE_CHARACTERS:
-            break
-    return chosen

@@ -104,7 +104,7 @@ def train(command: Train) -> None:
 def _lines(command: Train) -> Iterator[str]:
     """Cleaned paragraphs of the sources, as capgap prepare would make them."""
     options = PartOptions(rows="text")
-    maker = PartMaker(command.out, options, {}, "huggingface", len(command.source))
+    maker = PartMaker(command.out, options, {}, None, len(command.source))
     read = 0
     limit = command.max_megabytes * 1e6
 

@@ -167,7 +167,7 @@ def kill_at_random_times(folder: Path, times: int) -> Outcome:
     expected = contents(config.out)
     rng = random.Random(0)
     for number in range(times):
-        shutil.rmtree(config.out)
+        shutil.rmtree(config.out, ignore_errors=True)
         command = [sys.executable, "-m", "data_prep.prepare", "--source", *config.source, "--out", str(config.out)]
         command += ["--tokenizer", config.tokenizer, "--length", "32", "--part-megabytes", str(config.part_megabytes)]
         command += ["--workers", str(1 + number % 3)]
