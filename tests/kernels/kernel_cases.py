@@ -21,9 +21,9 @@ class Case:
 
 CASES = {
     "one token": Case(1, 4, 1),
-    "a prime of everything": Case(37, 5, 1, hidden=23, width=29),
+    "a prime of everything": Case(37, 3, 1, hidden=23, width=37),
     "with padding": Case(37, 4, 1, padding=True),
-    "k experts and padding": Case(41, 7, 3, hidden=17, width=19, padding=True),
+    "k experts and padding": Case(23, 5, 3, hidden=17, width=19, padding=True),
     "experts without tokens": Case(33, 6, 1, wanted=(1, 4)),
     "all tokens on one expert": Case(35, 4, 1, wanted=(2,)),
     "one expert": Case(19, 1, 1),
