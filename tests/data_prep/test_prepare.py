@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dumps import multistream
+from dumps import dump_of, multistream
 
 from data_prep.errors import ConfigError, DataError
 from data_prep.files import file_hash
@@ -186,6 +186,16 @@ def test_text_rows_keep_the_cleaned_articles(sample, tmp_path):
     again = tmp_path / "again"
     prepare(PrepareConfig(source=(str(out),), out=again, rows="text"))
     assert datasets.load_from_disk(str(again))["text"] == loaded["text"]
+
+
+def test_the_oracle_can_be_the_cleaner(tmp_path, tokenizer_folder):
+    header, pages, footer = dump_of(12)
+    (tmp_path / "a.xml").write_text(header + "".join(pages) + footer, encoding="utf-8")
+    counts = []
+    for cleaner in ("single-pass", "mwparserfromhell"):
+        prepare(config(tmp_path / "a.xml", tmp_path / cleaner, tokenizer_folder, cleaner=cleaner))
+        counts.append(open_shards(tmp_path / cleaner).manifest.num_tokens)
+    assert counts[0] == pytest.approx(counts[1], rel=0.03)
 
 
 def test_duplicate_paragraphs_go_by_option(tmp_path, tokenizer_folder):
