@@ -186,10 +186,31 @@ def comparisons(models: list[Model]) -> list[str]:
 
 
 def comparable_throughput(first: Model, second: Model) -> bool:
-    """Whether both were measured on the same kind of device, with the same threads, precision and row length."""
+    """Whether both were measured on the same kind of device, with the same precision and row length, and calmly."""
     if not first.throughput or not second.throughput:
         return False
-    return all(first.throughput[key] == second.throughput[key] for key in ("device", "threads", "precision", "length"))
+    calm = all(not is_noisy(speed) for speed in (first.throughput, second.throughput))
+    return calm and all(first.throughput[key] == second.throughput[key] for key in ("device", "precision", "length"))
+
+
+def is_noisy(throughput: dict[str, Any]) -> bool:
+    """Whether something else slowed the machine while it was measured: batches were not within a factor of 1.5."""
+    return throughput["fastest"] > 1.5 * throughput["slowest"]
+
+
+def speed_notes(models: list[Model]) -> list[str]:
+    """How tokens/ms was measured, once per way of measuring, and which numbers not to trust."""
+    ways: dict[str, None] = {}
+    notes = []
+    for model in models:
+        if (speed := model.throughput) is None:
+            continue
+        way = f"forward pass over rows of {speed['length']} tokens of real text, {speed['batch_size']} per batch"
+        ways[f"tokens/ms: {way}, {speed['precision']}, {speed['device']}; the median of several batches."] = None
+        if is_noisy(speed):
+            spread = f"{rate(speed['slowest'])} to {rate(speed['fastest'])}"
+            notes.append(f"The tokens/ms of {model.name} went from {spread} while it was measured: measure again.")
+    return [*ways, *notes]
 
 
 def score_notes(models: list[Model]) -> list[str]:
@@ -250,7 +271,7 @@ def markdown(title: str, models: list[Model]) -> str:
         )
     lines = [f"# {title}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
-    notes = score_notes(models)
+    notes = [*speed_notes(models), *score_notes(models)]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes)]).rstrip() + "\n"
 
 
@@ -409,7 +430,6 @@ def render(title: str, models: list[Model], runs: list[Run]) -> str:
         }
         for model in models
     ]
-    throughput = next((model.throughput for model in models if model.throughput), None)
     return environment.get_template("report.html.jinja").render(
         title=title,
         written=datetime.now(UTC).strftime("%-d %B %Y, %H:%M UTC"),
@@ -418,8 +438,7 @@ def render(title: str, models: list[Model], runs: list[Run]) -> str:
         labels=labels,
         length=lengths.pop() if len(lengths) == 1 else None,
         comparisons=comparisons(models),
-        score_notes=score_notes(models),
-        throughput=throughput,
+        notes=[*speed_notes(models), *score_notes(models)],
         score_charts=score_charts(models),
         loss_charts=loss_charts(runs, colours),
         curve_names=[(run.name, colours[run.name]) for run in runs],

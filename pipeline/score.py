@@ -342,9 +342,8 @@ def print_table(summary: dict[str, Any]) -> None:
         print(f"{skipped} malformed rows of the task files were skipped.")
     if throughput := summary["model"].get("throughput"):
         print(
-            f"{throughput['tokens_per_ms']:.1f} tokens/ms (length {throughput['length']}, {throughput['device']}, "
-            f"{throughput['threads']} threads, {throughput['precision']}; "
-            f"{throughput['slowest']:.1f} to {throughput['fastest']:.1f})"
+            f"{throughput['tokens_per_ms']:.1f} tokens/ms on {throughput['device']} (length {throughput['length']}, "
+            f"{throughput['precision']}; {throughput['slowest']:.1f} to {throughput['fastest']:.1f})"
         )
 
 

@@ -37,7 +37,7 @@ def score_file(name: str, values: list[float], tokens_per_ms: float, **throughpu
         "counts": {"train": 500, "dev": 250},
     }
     speed = {"tokens_per_ms": tokens_per_ms, "length": 128, "batch_size": 8, "num_batches": 9, "precision": "fp32"}
-    speed |= {"device": "CPU", "threads": 2, **throughput}
+    speed |= {"device": "one CPU core", "slowest": 0.9 * tokens_per_ms, "fastest": 1.1 * tokens_per_ms, **throughput}
     model = {
         "name": name,
         "source": f"/models/{name}",
@@ -194,6 +194,16 @@ def test_speeds_of_different_machines_are_not_divided(runs):
     dense, moe = re.findall(r"<li>((?:dense|moe) (?:has|holds).*?)</li>", text)
     assert "tokens per millisecond" not in dense
     assert "1.5 times as many tokens per millisecond" in moe
+
+
+def test_a_speed_that_was_disturbed_is_called_so_and_not_compared(runs):
+    write_json(runs / "dense" / "scores.json", score_file("dense/export", [0.6, 0.62], 2.0, slowest=1.0, fastest=8.0))
+    teacher = f"teacher={runs / 'teacher-scores'}"
+    report.main([str(runs / "dense"), str(runs / "moe"), teacher, "--out", str(runs / "out")])
+    text = (runs / "out" / "report.html").read_text(encoding="utf-8")
+    assert "The tokens/ms of dense went from 1.0 to 8.0" in text
+    assert "0.5 times as many tokens" not in text
+    assert "1.5 times as many tokens" in text
 
 
 def test_scores_made_with_different_settings_are_called_so(runs):
