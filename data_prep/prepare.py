@@ -339,7 +339,7 @@ def _make_parts(
     known = [size for size in sizes if size is not None]
     total = sum(known) if len(known) == len(sizes) and not config.weights else None
     if total is not None:
-        # Rows take about half of the source's bytes: 4 characters give a token, a token takes 2. Twice that, to be sure.
+        # Rows take about half of the source's bytes (4 characters give a token, which takes 2); twice that, to be sure.
         require_free_space(config.out, total // num_tasks)
     parts = plan_parts(config, sources)
     skipped = made = num_parts = 0
