@@ -115,3 +115,7 @@ def show(shards: ShardSet, *, num_rows: int) -> None:
             else:
                 valid = rows["input_ids"][position][: rows["length"][position]]
                 print(tokenizer.decode(valid.tolist(), skip_special_tokens=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
