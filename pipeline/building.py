@@ -48,7 +48,11 @@ def build_models(config: RunConfig, checked: Checked) -> tuple[Any, Any]:
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
     if config.student.architecture == "decoder":
         decoder = build_decoder(
-            config.student, checked.shards.manifest, init_folder=checked.init_folder, seed=config.seed
+            config.student,
+            checked.shards.manifest,
+            init_folder=checked.init_folder,
+            seed=config.seed,
+            teacher_width=checked.teacher_config["hidden_size"] if config.loss.hidden_cosine else None,
         )
         if checked.cache is not None:
             return decoder, CachedTeacher(checked.cache.manifest)
@@ -97,28 +101,40 @@ def describe(config: RunConfig, checked: Checked, student: Any, teacher: Any) ->
     return sizes
 
 
-def require_resources(config: RunConfig, checked: Checked, student: Any, teacher: Any, world_size: int) -> None:
-    """Refuses a run that cannot fit: memory of this machine's ranks, and disk for two checkpoints."""
+def require_resources(config: RunConfig, checked: Checked, student: Any, teacher: Any, world_size: int) -> bool:
+    """Refuses a run that cannot fit: memory of this machine's ranks, and disk for two checkpoints.
+
+    Call it before the models are moved. Returns whether the teacher is to be sharded over the ranks.
+    """
     import psutil
     import torch
 
+    from pipeline.models.decoders import CausalTeacher
     from pipeline.models.sizes import checkpoint_bytes, estimate_memory
 
     require_free_space(Path(config.out), 2 * checkpoint_bytes(student))
-    need = estimate_memory(
-        student,
-        teacher,
-        config,
-        zero_stage=checked.zero_stage,
-        world_size=world_size,
-        length=checked.shards.manifest.length,
-    )
     on_gpu = torch.cuda.is_available()
     free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
-    if need.total > free:
-        raise ConfigError(
-            f"batch.micro_size ({config.batch.micro_size}): a rank needs about {need}, "
-            f"{free / 2**20:.0f} MiB are free - "
-            "in this order: halve batch.micro_size, set engine.activation_checkpointing true, "
-            "use engine.ds_config ds_configs/zero2.json"
+    can_shard = world_size > 1 and isinstance(teacher, CausalTeacher)
+    choices = {"auto": [False, True] if can_shard else [False], "resident": [False], "sharded": [can_shard]}
+    for is_sharded in choices[config.teacher.placement]:
+        need = estimate_memory(
+            student,
+            teacher,
+            config,
+            zero_stage=checked.zero_stage,
+            world_size=world_size,
+            length=checked.shards.manifest.length,
+            teacher_shards=world_size if is_sharded else 1,
         )
+        if need.total <= free:
+            return is_sharded
+    third = (
+        "use teacher.cache (capgap cache)"
+        if config.student.architecture == "decoder"
+        else "use engine.ds_config ds_configs/zero2.json"
+    )
+    raise ConfigError(
+        f"batch.micro_size ({config.batch.micro_size}): a rank needs about {need}, {free / 2**20:.0f} MiB are free - "
+        f"in this order: halve batch.micro_size, set engine.activation_checkpointing true, {third}"
+    )

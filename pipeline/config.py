@@ -44,6 +44,10 @@ class TeacherConfig:
     """Folder written by `capgap cache`, read instead of running the teacher. Decoders only."""
     revision: str | None = None
     """Hub revision; required together with trust_remote_code."""
+    placement: Literal["auto", "resident", "sharded"] = "auto"
+    """Decoders: a whole teacher on every rank, or its layers sharded over the ranks; auto shards what is too big."""
+    micro_size: int | None = None
+    """Decoders: rows that go through the teacher together; null takes batch.micro_size."""
     relation_layer: int = -1
     """Layer whose query, key and value relations are imitated: -1 is the last; for 24 layers an upper-middle one."""
     trust_remote_code: bool = False
@@ -134,6 +138,8 @@ class LossConfig:
     """Decoders: generalised Jensen-Shannon divergence (arXiv 2306.13649); instead of logit_kl."""
     jsd_beta: float = 0.5
     """Part of the teacher in the mixture of jsd, between 0 and 1."""
+    hidden_cosine: float = 0.0
+    """Decoders: 1 - cosine of the last hidden states, the student's through a linear map that is not exported."""
     temperature: float = 1.0
     """Temperature of both sides of the divergence; the cross-entropy has 1."""
     cross_entropy: float = 0.0

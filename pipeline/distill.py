@@ -198,10 +198,13 @@ def distill(config: RunConfig, checked: Checked) -> int:
         lock.enter_context(folder_lock(out, "run"))
     ranks = join(place_from_environment(), config.engine.timeout_minutes)
     student, teacher = build_models(config, checked)
-    teacher.to(ranks.device)
     sizes = describe(config, checked, student, teacher)
-    if ranks.rank == 0:
-        require_resources(config, checked, student, teacher, ranks.world_size)
+    is_sharded = ranks.rank == 0 and require_resources(config, checked, student, teacher, ranks.world_size)
+    if ranks.gather(is_sharded)[0]:
+        say(ranks.rank, f"teacher: its layers are sharded over {ranks.world_size} ranks")
+        teacher.shard(ranks.device)
+    else:
+        teacher.to(ranks.device)
     record = {"config": asdict(config), "data_fingerprint": checked.shards.manifest.fingerprint, **sizes}
     torch.manual_seed(config.seed * 1_000_003 + ranks.rank)
     engine = start_engine(student, config, ranks)

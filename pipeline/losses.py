@@ -43,6 +43,14 @@ def router_z(student: Signals, teacher: Signals, config: LossConfig) -> Tensor:
     return torch.stack([router.z_loss_sum for router in student.routers.values()]).mean()
 
 
+def hidden_cosine(student: Signals, teacher: Signals, config: LossConfig) -> Tensor:
+    """1 - cosine between the teacher's last hidden states and the student's, mapped to the teacher's width."""
+    assert student.mapped_states_BTD is not None and teacher.hidden_states_BTD is not None
+    ours_BTD, theirs_BTD = student.mapped_states_BTD.float(), teacher.hidden_states_BTD.float()
+    distance_BT = 1 - torch.nn.functional.cosine_similarity(ours_BTD, theirs_BTD, dim=-1)
+    return distance_BT.masked_fill(~student.valid_BT, 0.0).sum()
+
+
 def next_token(student: Signals, teacher: Signals, config: LossConfig, weights: dict[str, float]) -> "Losses":
     """The losses over the vocabulary, in one pass over the logits: a divergence, the cross-entropy, or both."""
     assert student.hidden_states_BTD is not None and student.head_VD is not None and student.labels_BT is not None
@@ -76,7 +84,12 @@ class Losses:
 
 
 Loss = Callable[[Signals, Signals, LossConfig], Tensor]
-LOSSES: dict[str, Loss] = {"relation_kl": relation_kl, "balance": balance, "router_z": router_z}
+LOSSES: dict[str, Loss] = {
+    "relation_kl": relation_kl,
+    "hidden_cosine": hidden_cosine,
+    "balance": balance,
+    "router_z": router_z,
+}
 ROUTER_LOSSES = ("balance", "router_z")
 # At most one of these has a weight. With the cross-entropy it shares one pass over the student's logits.
 DIVERGENCES: dict[str, Literal["forward_kl", "reverse_kl", "jsd"]] = {
@@ -101,7 +114,7 @@ def compute_losses(weights: dict[str, float], student: Signals, teacher: Signals
 
 def needs_teacher(weights: dict[str, float]) -> bool:
     """Whether one of the losses compares with a teacher."""
-    return any(name == "relation_kl" or name in DIVERGENCES for name in weights)
+    return any(name in ("relation_kl", "hidden_cosine", *DIVERGENCES) for name in weights)
 
 
 def active_losses(
@@ -111,7 +124,8 @@ def active_losses(
 
     What a schedule takes from the divergence, the cross-entropy gains: their sum stays.
     """
-    offered = [*(NEXT_TOKEN_LOSSES if is_decoder else ["relation_kl"]), *(ROUTER_LOSSES if has_routers else [])]
+    own = ("hidden_cosine", *NEXT_TOKEN_LOSSES) if is_decoder else ("relation_kl",)
+    offered = [*own, *(ROUTER_LOSSES if has_routers else [])]
     weights = {name: getattr(config, name) for name in offered}
     share = distillation_share(config, progress)
     for name in DIVERGENCES:

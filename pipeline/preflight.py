@@ -82,7 +82,7 @@ def check_run(config: RunConfig, world_size: int) -> Checked:
         check(check_init_layers, config, init_folder)
     accumulation = check(config.batch.accumulation_steps, world_size)
     settings = check(load_ds_config, config.engine.ds_config)
-    stage = None if settings is None else check(check_parallelism_of, config, settings, world_size)
+    stage = None if settings is None else check(check_parallelism_of, config, settings, world_size, init_folder)
     if shards:
         check(check_same_run, config, shards)
     problems.raise_if_any()
@@ -125,6 +125,8 @@ def check_losses(config: RunConfig) -> None:
             raise ConfigError("teacher.model is null - an encoder learns from a teacher alone - name one")
         return
     divergence = loss.logit_kl or loss.reverse_kl or loss.jsd
+    if loss.hidden_cosine and (not has_teacher or config.teacher.cache):
+        raise ConfigError("loss.hidden_cosine compares hidden states, which need a teacher.model and no teacher.cache")
     if not divergence and not loss.cross_entropy:
         raise ConfigError(
             "loss: a decoder has nothing to learn from - set loss.logit_kl (or reverse_kl, jsd), loss.cross_entropy, "
@@ -147,11 +149,16 @@ def check_head(shards: ShardSet, model_config: dict[str, Any], what: str) -> Non
         )
 
 
-def check_parallelism_of(config: RunConfig, settings: dict[str, Any], world_size: int) -> int:
+def check_parallelism_of(config: RunConfig, settings: dict[str, Any], world_size: int, init_folder: Path | None) -> int:
+    student = config.student
+    num_experts = student.num_experts if student.architecture == "minimoe" else 1
+    if student.architecture == "decoder" and init_folder:
+        source = read_model_config(init_folder)
+        num_experts = source.get("num_local_experts") or source.get("num_experts") or 1
     return check_parallelism(
         settings,
         expert_parallel_size=config.engine.expert_parallel_size,
-        num_experts=config.student.num_experts if config.student.architecture == "minimoe" else 1,
+        num_experts=num_experts,
         world_size=world_size,
         precision=config.engine.precision,
     )

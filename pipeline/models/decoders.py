@@ -23,9 +23,11 @@ LOGIT_SETTINGS = {"final_logit_softcapping": None, "logit_scale": 1, "logits_sca
 class DecoderStudent(nn.Module):
     """A causal language model of transformers; a mixture-of-experts one reports its routers."""
 
-    def __init__(self, backbone: PreTrainedModel, *, num_ids: int):
+    def __init__(self, backbone: PreTrainedModel, *, num_ids: int, teacher_width: int | None = None):
         super().__init__()
         self.backbone = backbone
+        width = backbone.config.hidden_size
+        self.to_teacher = None if teacher_width is None else nn.Linear(width, teacher_width, bias=False)
         self.num_ids = num_ids
         self.router_names = tuple(name for name, module in backbone.base_model.named_modules() if is_mixture(module))
         self._rotary = {name: buffer.clone() for name, buffer in backbone.named_buffers() if name.endswith("inv_freq")}
@@ -44,6 +46,7 @@ class DecoderStudent(nn.Module):
         return Signals(
             valid_BT=batch.valid_BT,
             hidden_states_BTD=encoded.last_hidden_state,
+            mapped_states_BTD=None if self.to_teacher is None else self.to_teacher(encoded.last_hidden_state),
             head_VD=head.weight,
             head_bias_V=head.bias,
             num_ids=self.num_ids,
@@ -84,19 +87,48 @@ def run_packed(model: PreTrainedModel, batch: Batch, **wanted: Any) -> Any:
 
 
 class CausalTeacher(nn.Module):
-    """A frozen causal language model that hands over hidden states and head."""
+    """A frozen causal language model that hands over hidden states and head, a few rows at a time."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, *, micro_size: int | None = None):
         super().__init__()
-        self.encoder = model.eval().requires_grad_(False)
+        model.eval().requires_grad_(False)
+        self.body: Any = model.base_model
+        self.head: Any = model.get_output_embeddings()
+        self.micro_size = micro_size
 
-    @torch.inference_mode()
+    # Not inference_mode: a sharded body gathers and frees its weights in place.
+    @torch.no_grad()
     def forward(self, batch: Batch) -> Signals:
-        hidden_BTD = run_packed(self.encoder, batch).last_hidden_state
-        head = self.encoder.get_output_embeddings()
-        return Signals(
-            valid_BT=batch.valid_BT, next_token=TeacherHead(hidden_BTD.flatten(0, 1), head.weight, head.bias)
+        rows = self.micro_size or len(batch.input_ids)
+        hidden_BTD = torch.cat(
+            [
+                self.body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+                for ids, positions in zip(batch.input_ids.split(rows), batch.position_ids.split(rows), strict=True)
+            ]
         )
+        said = TeacherHead(hidden_BTD.flatten(0, 1), self.head.weight, self.head.bias)
+        return Signals(valid_BT=batch.valid_BT, hidden_states_BTD=hidden_BTD, next_token=said)
+
+    def shard(self, device: torch.device) -> None:
+        """Spreads the layers over all ranks, which gather them one by one in every forward; the head stays whole.
+
+        Every rank must then call the teacher equally often.
+        """
+        import copy
+
+        import deepspeed
+
+        # With tied weights the head is the embedding, which is about to be cut.
+        self.head = copy.deepcopy(self.head).to(device)
+        is_bf16 = self.head.weight.dtype == torch.bfloat16
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,
+            "steps_per_print": 2**31,
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 10_000},
+            "bf16": {"enabled": is_bf16},
+        }
+        self.body, *_ = deepspeed.initialize(model=self.body, config=settings)
+        self.body.eval()
 
 
 class NoTeacher(nn.Module):
@@ -139,15 +171,23 @@ def load_causal_teacher(folder: Path, config: TeacherConfig, *, dtype: torch.dty
         folder, dtype=dtype, trust_remote_code=config.trust_remote_code, use_safetensors=True
     )
     check_logits(model.config, "teacher.model")
-    return CausalTeacher(model)
+    return CausalTeacher(model, micro_size=config.micro_size)
 
 
-def build_decoder(config: StudentConfig, manifest: Manifest, *, init_folder: Path | None, seed: int) -> DecoderStudent:
+def build_decoder(
+    config: StudentConfig,
+    manifest: Manifest,
+    *,
+    init_folder: Path | None,
+    seed: int,
+    teacher_width: int | None = None,
+) -> DecoderStudent:
     """A decoder with its first weights: those of a folder, or random ones of its shape or of the recipe's sizes.
 
     Args:
         manifest: of the shards, whose tokenizer and row length a decoder of the recipe's sizes takes over.
         init_folder: AutoModelForCausalLM folder; None builds a LLaMA from the recipe's sizes.
+        teacher_width: of the hidden states to which the student's are mapped for a loss; None: there is no such loss.
     """
     # The caller's random state stays as it was, so that a resumed run draws what the unbroken run drew.
     with torch.random.fork_rng():
@@ -158,8 +198,8 @@ def build_decoder(config: StudentConfig, manifest: Manifest, *, init_folder: Pat
             backbone = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(init_folder), dtype=torch.float32)
         else:
             backbone = AutoModelForCausalLM.from_pretrained(init_folder, dtype=torch.float32, use_safetensors=True)
-    check_logits(backbone.config, "student.init_from")
-    return DecoderStudent(backbone, num_ids=manifest.tokenizer["vocab_size"])
+        check_logits(backbone.config, "student.init_from")
+        return DecoderStudent(backbone, num_ids=manifest.tokenizer["vocab_size"], teacher_width=teacher_width)
 
 
 def llama_config(config: StudentConfig, manifest: Manifest) -> LlamaConfig:

@@ -79,7 +79,14 @@ def checkpoint_bytes(student: nn.Module) -> int:
 
 
 def estimate_memory(
-    student: nn.Module, teacher: nn.Module, config: RunConfig, *, zero_stage: int, world_size: int, length: int
+    student: nn.Module,
+    teacher: nn.Module,
+    config: RunConfig,
+    *,
+    zero_stage: int,
+    world_size: int,
+    length: int,
+    teacher_shards: int = 1,
 ) -> MemoryEstimate:
     """What one rank will hold at the height of a step. Allocators round up and libraries add workspaces."""
     trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
@@ -109,5 +116,5 @@ def estimate_memory(
         gradients=trained * (4 if bf16 else size) // (split if zero_stage >= 2 else 1),
         optimizer=trained * (8 + master) // split,
         activations=blocks * block + kept + passing + loss,
-        teacher=num_parameters(teacher) * size,
+        teacher=num_parameters(teacher) * size // teacher_shards,
     )

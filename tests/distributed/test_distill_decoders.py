@@ -33,15 +33,19 @@ def big_batch(decoder_run) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "micro", "ds_config"),
-    [(None, 4, "zero0"), (2, 4, "zero2")],
-    ids=["four accumulation steps", "two ranks with two accumulation steps each, ZeRO 2"],
+    ("ranks", "micro", "ds_config", "placement"),
+    [(None, 4, "zero0", "auto"), (2, 4, "zero2", "sharded")],
+    ids=["four accumulation steps", "two ranks with two accumulation steps each, ZeRO 2, the teacher sharded"],
 )
-def test_however_a_decoders_batch_is_cut_the_weights_are_the_same(decoder_run, big_batch, ranks, micro, ds_config):
+def test_however_a_decoders_batch_is_cut_the_weights_are_the_same(
+    decoder_run, big_batch, ranks, micro, ds_config, placement
+):
     out = decoder_run / f"cut-{ds_config}"
     flags = ("--batch.micro_size", str(micro), "--engine.ds_config", f"ds_configs/{ds_config}.json")
+    flags += ("--teacher.placement", placement, "--teacher.micro_size", "2")
     code, output = distill("--config", str(decoder_run / "recipe.yaml"), "--out", str(out), *flags, ranks=ranks)
     assert code == 0, output
+    assert ("teacher: its layers are sharded over 2 ranks" in output) == (placement == "sharded")
     expected, ours = exported_weights(big_batch), exported_weights(out)
     assert max(float((ours[name] - expected[name]).abs().max()) for name in expected) < 2e-6
     for line, unbroken in zip(numbers_of(out), numbers_of(big_batch), strict=True):

@@ -62,7 +62,7 @@ def test_a_packed_row_gives_the_logits_of_its_documents_alone(kind, batch):
 def test_the_loss_and_its_gradient_are_those_of_full_logits_over_the_real_ids(name, batch):
     """The teacher's head has eleven places of padding, the student's none."""
     student = DecoderStudent(build_model("llama"), num_ids=len(WORDS))
-    teacher = CausalTeacher(build_model("llama", seed=1, num_hidden_layers=3, vocab_size=112))
+    teacher = CausalTeacher(build_model("llama", seed=1, num_hidden_layers=3, vocab_size=112), micro_size=1)
     config = LossConfig(**{name: 0.7}, cross_entropy=0.3, temperature=2.0)
     weights = active_losses(config, has_routers=False, is_decoder=True)
     seen = student(batch)
@@ -75,7 +75,7 @@ def test_the_loss_and_its_gradient_are_those_of_full_logits_over_the_real_ids(na
     logits = student(batch).hidden_states_BTD[valid] @ student.backbone.lm_head.weight.T
     with torch.no_grad():
         inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
-        teacher_logits = teacher.encoder(**inputs).logits[valid][:, : len(WORDS)]
+        teacher_logits = teacher.head(teacher.body(**inputs).last_hidden_state)[valid][:, : len(WORDS)]
     log_q, log_p = (logits / 2).log_softmax(-1), (teacher_logits / 2).log_softmax(-1)
     mixed = torch.logaddexp(log_p, log_q) - np.log(2)
     expected = {
@@ -89,6 +89,22 @@ def test_the_loss_and_its_gradient_are_those_of_full_logits_over_the_real_ids(na
     torch.testing.assert_close(losses.parts["cross_entropy"], cross_entropy.detach(), rtol=1e-4, atol=1e-4)
     for key, parameter in student.named_parameters():
         torch.testing.assert_close(ours[key], parameter.grad, rtol=1e-3, atol=1e-3, msg=key)
+
+
+def test_hidden_states_are_compared_in_the_teachers_width(batch):
+    student = DecoderStudent(build_model("llama"), num_ids=len(WORDS), teacher_width=40)
+    teacher = CausalTeacher(build_model("llama", seed=1, hidden_size=40))
+    config = LossConfig(hidden_cosine=2.0)
+    weights = active_losses(config, has_routers=False, is_decoder=True)
+    seen, said = student(batch), teacher(batch)
+    losses = compute_losses(weights, seen, said, config)
+    valid = batch.valid_BT
+    ours = student.to_teacher(seen.hidden_states_BTD)[valid]
+    expected = (1 - F.cosine_similarity(ours, said.hidden_states_BTD[valid], dim=-1)).sum()
+    torch.testing.assert_close(losses.parts["hidden_cosine"], expected)
+    torch.testing.assert_close(losses.total, 2 * expected)
+    losses.total.backward()
+    assert student.to_teacher.weight.grad.any() and "to_teacher.weight" not in dict(student.backbone.named_parameters())
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
@@ -189,6 +205,7 @@ def test_padded_and_longer_vocabularies_are_read_up_to_the_shards_last_id(folder
         (["--loss.logit_kl", "0", "--loss.cross_entropy", "0"], ["nothing to learn from"]),
         (["--loss.reverse_kl", "1"], ["loss.logit_kl and loss.reverse_kl"]),
         (["--student.architecture", "minimoe"], ["bert-pairs"]),
+        (["--loss.hidden_cosine", "1", "--teacher.model", "null"], ["loss.hidden_cosine"]),
         (["--student.dropout", "0.1"], ["student.dropout (0.1)"]),
         (["--loss.temperature", "0"], ["loss.temperature (0.0)"]),
     ],
