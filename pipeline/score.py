@@ -206,6 +206,8 @@ def measure_pending(
     if not (folder / "model.json").exists():
         figures = model_figures(config, source, device=device, ids=prepared[names[0]].sample_ids)
         write_json(folder / "model.json", {"fingerprint": fingerprint, **figures})
+    if not pending:
+        return
     total = sum(tasks[unit.task].work(prepared[unit.task], config.settings) for unit in pending)
     with Progress("score", total, unit="passes") as progress:
         for unit in pending:

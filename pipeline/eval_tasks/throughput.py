@@ -28,9 +28,9 @@ def measure_throughput(
 ) -> Throughput:
     """Encodes the same batch `min_batches` times, then on until `max_seconds`, after two uncounted ones.
 
-    On a CPU it counts the CPU time of one thread: three models on a machine five times overloaded came out within 10 %
-    of themselves, where the clock on the wall was wrong by factors. The rows should be real text without padding: what a
-    router does with random ids says little.
+    On a CPU it counts the CPU time of one thread: on a machine six times overloaded the batches of each of three models
+    came out within 10 % of each other, where the clock on the wall was wrong by factors. The rows should be real text
+    without padding: what a router does with random ids says little.
     """
     device = next(model.parameters()).device
     on_gpu = device.type == "cuda"
