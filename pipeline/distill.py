@@ -284,7 +284,7 @@ def distill(config: RunConfig, checked: Checked) -> int:
         )
         counted = None
         if len(micro_batches) > 1 and "balance" in weights:
-            counted = count_loads(student, micro_batches, ranks)
+            counted = count_loads(engine, micro_batches, ranks)
         is_logged = (position.step + 1) % config.log.every_steps == 0 or position.step + 1 == checked.num_steps
         step_sums = Window()
         for batch in micro_batches:
@@ -381,7 +381,7 @@ def with_load_shares(signals: "Signals", counted: dict[str, "Tensor"] | None, ra
     )
 
 
-def count_loads(student: Any, micro_batches: list["Batch"], ranks: "Ranks") -> dict[str, "Tensor"]:
+def count_loads(engine: Any, micro_batches: list["Batch"], ranks: "Ranks") -> dict[str, "Tensor"]:
     """Tokens per expert over the whole step, by a student forward without gradients.
 
     The load of later micro-batches is not known when the first is trained on; with it the accumulated gradient is that
@@ -394,7 +394,7 @@ def count_loads(student: Any, micro_batches: list["Batch"], ranks: "Ranks") -> d
     devices = [ranks.device] if ranks.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
         for batch in micro_batches:
-            for name, router in student(batch).routers.items():
+            for name, router in engine(batch).routers.items():
                 loads[name] = loads.get(name, 0) + router.tokens_per_expert_E
     return _sum_loads(loads, ranks)
 

@@ -118,7 +118,8 @@ def engine_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
     if config.engine.expert_parallel_size > 1:
         from pipeline.expert_parallel import autoep_settings
 
-        settings |= {"expert_parallel": autoep_settings(config.engine.expert_parallel_size)}
+        is_decoder = config.student.architecture == "decoder"
+        settings |= {"expert_parallel": autoep_settings(config.engine.expert_parallel_size, is_decoder=is_decoder)}
     if config.engine.precision == "bf16":
         # Summing micro-batch gradients in bf16 loses their low bits.
         settings |= {"bf16": {"enabled": True, "check_grad_overflow": True}, "data_types": {"grad_accum_dtype": "fp32"}}
@@ -129,6 +130,11 @@ def start_engine(student: nn.Module, config: RunConfig, ranks: Ranks) -> Any:
     """A DeepSpeed engine around the student, with its optimizer."""
     import deepspeed
 
+    spread = config.engine.expert_parallel_size > 1
+    if spread:
+        from pipeline.expert_parallel import prepare_layers, use_our_layers
+
+        gates = prepare_layers(student)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         engine, *_ = deepspeed.initialize(
@@ -136,14 +142,27 @@ def start_engine(student: nn.Module, config: RunConfig, ranks: Ranks) -> Any:
             model_parameters=parameter_groups(student, config.optimizer.weight_decay),
             config=engine_settings(config, ranks.world_size),
         )
-    if config.engine.expert_parallel_size > 1:
-        from pipeline.expert_parallel import use_our_layers
-
-        use_our_layers(student, config.student.router_jitter)
+    if spread:
+        use_our_layers(student, gates, config.student.router_jitter)
         if engine.zero_optimization_stage() == 0:
             # DeepSpeed's own (issue 8475) clips on each rank by the norm of the experts of that rank.
             engine.clip_fp32_gradients = partial(_clip_replicated_gradients, engine)
+    if engine.zero_optimization_stage() == 3:
+        _keep_whole(engine, student)
     return engine
+
+
+def _keep_whole(engine: Any, student: Any) -> None:
+    """Exempts a head from ZeRO 3's partitioning between uses: the losses read it after the forward that gathers it."""
+    head = student.backbone.get_output_embeddings()
+    parameters = [] if head is None else list(head.parameters())
+    kept = engine.optimizer.persistent_parameters
+    for parameter in parameters:
+        parameter.ds_persist = True
+        if not any(parameter is other for other in kept):
+            kept.append(parameter)
+    if parameters:
+        parameters[0].all_gather(parameters)
 
 
 def backward(engine: Any, loss: Tensor) -> None:
