@@ -272,7 +272,8 @@ def drop_seen_paragraphs(text: str, seen: set[int]) -> tuple[str, int]:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in the block after `seconds`; only the main thread of a process can be limited."""
+    """Raises TimeoutError in the block after `seconds` of computing (a busy machine rejects no more pages than an idle
+    one); only the main thread of a process can be limited."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -280,10 +281,10 @@ def time_limit(seconds: float) -> Iterator[None]:
     def expire(*_) -> None:
         raise TimeoutError
 
-    previous = signal.signal(signal.SIGALRM, expire)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    previous = signal.signal(signal.SIGVTALRM, expire)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, previous)

@@ -113,7 +113,7 @@ class PrepareConfig:
     max_page_megabytes: float = 8.0
     """Longer pages are rejected."""
     page_seconds: float = 20.0
-    """Pages that take longer to clean are rejected."""
+    """Pages that take more computing time to clean are rejected."""
     part_megabytes: float = 32.0
     """Source text per part, which becomes one shard. More: fewer files and more memory per worker."""
     tokenizer_engine: EngineName = "memo"
