@@ -15,8 +15,12 @@ from launching import PROJECT, environment, free_port
 WORKER = Path(__file__).with_name("engine_worker.py")
 
 
+def plain(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def case(
-    zero: str,
+    zero: str | Path,
     *,
     experts: int = 1,
     micro: int = 16,
@@ -26,13 +30,15 @@ def case(
     starve: bool = False,
     resume: str | None = None,
     save: Path | None = None,
+    recipe: Path | None = None,
+    flags: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Three steps of the global batch under a ZeRO config, with `experts` ranks sharing the experts of a layer.
 
     `resume` goes on from a checkpoint after three steps for two more, `save` writes one after the last step.
     """
-    flags = {
-        "engine.ds_config": f"ds_configs/{zero}.json",
+    fields = {
+        "engine.ds_config": zero if isinstance(zero, Path) else f"ds_configs/{zero}.json",
         "engine.expert_parallel_size": experts,
         "engine.precision": precision,
         "engine.activation_checkpointing": recompute,
@@ -40,7 +46,8 @@ def case(
         "optimizer.max_grad_norm": clip,
     }
     return {
-        "flags": [word for key, value in flags.items() for word in (f"--{key}", str(value).lower())],
+        "flags": [word for key, value in fields.items() for word in (f"--{key}", plain(value))] + list(flags),
+        "recipe": recipe and str(recipe),
         "steps": [3, 5] if resume else [0, 3],
         "starve": starve,
         "resume": resume,

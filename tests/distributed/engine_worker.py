@@ -17,7 +17,7 @@ from pipeline import checkpoints
 from pipeline.batches import BatchPlan
 from pipeline.building import build_models
 from pipeline.config import RunConfig, load_run_config
-from pipeline.losses import LOSSES
+from pipeline.losses import compute_losses
 from pipeline.optimizer import parameter_groups
 from pipeline.parallel import backward, gradient_norm, join, replicated_gradient_norm, start_engine
 from pipeline.preflight import check_run
@@ -27,16 +27,19 @@ from pipeline.state_pieces import held_pieces, updates_taken
 
 RATES = (1e-3, 8e-4, 6e-4, 4e-4, 2e-4, 1e-4)
 STILL = ("--student.dropout", "0", "--student.router_jitter", "0")
-WEIGHTS = {"relation_kl": 1.0, "balance": 0.5, "router_z": 0.01}
+ROUTER_WEIGHTS = {"balance": 0.5, "router_z": 0.01}
+ENCODER_WEIGHTS = {"relation_kl": 1.0, **ROUTER_WEIGHTS}
+DECODER_WEIGHTS = {"logit_kl": 0.5, "cross_entropy": 0.5, **ROUTER_WEIGHTS}
 
 
 def summed_loss(student: Any, teacher: Any, config: RunConfig) -> torch.Tensor:
-    return sum(weight * LOSSES[name](student, teacher, config.loss) for name, weight in WEIGHTS.items())
+    weights = DECODER_WEIGHTS if config.student.architecture == "decoder" else ENCODER_WEIGHTS
+    return compute_losses(weights, student, teacher, config.loss).total
 
 
-def with_shares(seen: Any, loads: dict[str, torch.Tensor], num_tokens: int) -> Any:
+def with_shares(seen: Any, loads: dict[str, torch.Tensor]) -> Any:
     routers = {
-        name: replace(router, load_share_E=loads[name].float() / num_tokens) for name, router in seen.routers.items()
+        name: replace(router, load_share_E=loads[name] / loads[name].sum()) for name, router in seen.routers.items()
     }
     return replace(seen, routers=routers)
 
@@ -62,7 +65,7 @@ class BareLoop:
         (batch,) = data.micro_batches
         seen = self.student(batch)
         loads = {name: router.tokens_per_expert_E for name, router in seen.routers.items()}
-        seen = with_shares(seen, loads, data.num_valid_tokens)
+        seen = with_shares(seen, loads)
         loss = summed_loss(seen, self.teacher(batch), self.config) / data.num_valid_tokens
         loss.backward()
         parameters = [p for p in self.student.parameters() if p.grad is not None]
@@ -105,7 +108,7 @@ class EngineLoop:
         scale, total, norm = len(data.micro_batches) * ranks.world_size / num_tokens, 0.0, None
         for batch in data.micro_batches:
             seen_by_teacher = self.teacher(batch)
-            seen = with_shares(engine(batch), loads, num_tokens)
+            seen = with_shares(engine(batch), loads)
             loss = summed_loss(seen, seen_by_teacher, self.config)
             backward(engine, loss * scale)
             norm = replicated_gradient_norm(engine)
@@ -151,7 +154,7 @@ def starve_an_expert(student: Any) -> None:
 
 
 def run_case(case: dict[str, Any], recipe: str, ranks: Any) -> dict[str, Any]:
-    config = load_run_config(recipe, [*STILL, *case["flags"]])
+    config = load_run_config(case["recipe"] or recipe, [*STILL, *case["flags"]])
     checked = check_run(config, ranks.world_size)
     prepare = starve_an_expert if case["starve"] else lambda student: None
     # In float32 even where the ranks run in bf16.
@@ -175,7 +178,11 @@ def run_case(case: dict[str, Any], recipe: str, ranks: Any) -> dict[str, Any]:
         result.setdefault("losses", []).append(loss)
         result.setdefault("norms", []).append(norm)
     result |= loop.compared_with(bare)
-    result["experts here"] = next((len(p) for n, p in loop.student.named_parameters() if n.endswith("experts.w1")), 0)
+    result["experts here"] = {
+        getattr(parameter, "ds_shape", parameter.shape)[0]
+        for name, parameter in loop.student.named_parameters()
+        if name.endswith((".experts.w1", ".experts.gate_up_proj"))
+    }.pop()
     if case["save"]:
         position = checkpoints.Position(last, 0)
         saved = checkpoints.save(

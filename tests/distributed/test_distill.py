@@ -29,13 +29,14 @@ def big_batch(tmp_path_factory, teacher_folder, shards_folder):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "micro", "ds_config"),
-    [(None, 4, "zero0"), (2, 8, "zero1"), (2, 4, "zero2")],
-    ids=["four accumulation steps", "two ranks", "two ranks with two accumulation steps each, ZeRO 2"],
+    ("ranks", "micro", "ds_config", "experts"),
+    [(None, 4, "zero0", 1), (2, 8, "zero1", 1), (2, 4, "zero3", 2)],
+    ids=["four accumulation steps", "two ranks", "two ranks that share experts, two accumulation steps each, ZeRO 3"],
 )
-def test_however_the_global_batch_is_cut_the_weights_are_the_same(recipe, big_batch, ranks, micro, ds_config):
+def test_however_the_global_batch_is_cut_the_weights_are_the_same(recipe, big_batch, ranks, micro, ds_config, experts):
     run = recipe.parent / "run"
     flags = ["--batch.micro_size", str(micro), "--engine.ds_config", f"ds_configs/{ds_config}.json"]
+    flags += ["--engine.expert_parallel_size", str(experts)]
     code, output = distill("--config", str(recipe), *flags, *STILL, ranks=ranks)
     assert code == 0, output
     assert largest_difference(exported_weights(run), exported_weights(big_batch)) < 1e-6

@@ -24,6 +24,7 @@ def check_follows_float32(result):
         "ZeRO 1",
         "ZeRO 2, accumulation, clipped",
         "ZeRO 3, an expert without tokens",
+        "a decoder at ZeRO 3",
         "ZeRO 2 offloaded, recomputed",
         "ZeRO 3 offloaded, accumulation",
     ],

@@ -55,18 +55,30 @@ def test_bf16_goes_on_with_its_float32_masters_in_another_cut(two_ranks_again):
 
 
 @pytest.fixture(scope="session")
-def one_rank(engine_recipe, two_ranks, four_ranks):
+def one_rank(engine_recipe, decoder_recipe, two_ranks, four_ranks):
     clipped = four_ranks["ZeRO 2, each rank one expert"]["saved"]
     cases = {
         "4 ranks to 1, ZeRO 2 to 0": case("zero0", clip=0.05, resume=clipped),
         "4 ranks to 1, ZeRO 2 to 3": case("zero3", clip=0.05, resume=clipped),
         "2 ranks to 1, ZeRO 1 to 2": case("zero2", resume=two_ranks["ZeRO 1"]["saved"]),
+        "a decoder from 2 ranks to 1, ZeRO 3 to 1": case(
+            "zero1",
+            recipe=decoder_recipe,
+            flags=("--optimizer.epsilon", "1e-5"),
+            resume=two_ranks["a decoder at ZeRO 3"]["saved"],
+        ),
     }
     return run_cases(engine_recipe, cases, ranks=1, folder=engine_recipe.parent / "one")
 
 
 @pytest.mark.parametrize(
-    "name", ["4 ranks to 1, ZeRO 2 to 0", "4 ranks to 1, ZeRO 2 to 3", "2 ranks to 1, ZeRO 1 to 2"]
+    "name",
+    [
+        "4 ranks to 1, ZeRO 2 to 0",
+        "4 ranks to 1, ZeRO 2 to 3",
+        "2 ranks to 1, ZeRO 1 to 2",
+        "a decoder from 2 ranks to 1, ZeRO 3 to 1",
+    ],
 )
 def test_on_one_rank(one_rank, name):
     check_goes_on_as_if_unbroken(one_rank[name])
