@@ -14,8 +14,9 @@ from data_prep.errors import DataError
 
 
 @contextmanager
-def folder_lock(folder: Path, name: str = "writer") -> Iterator[None]:
-    """Holds the lock `name` of a folder for the block; DataError, naming the holder, when another process holds it.
+def folder_lock(folder: Path, name: str = "writer", *, wait: bool = False) -> Iterator[None]:
+    """Holds the lock `name` of a folder for the block; DataError, naming the holder, when another process holds it,
+    unless the caller would rather wait.
 
     The lock is flock's, so a killed holder leaves nothing stale behind: the next command takes over, also a Slurm
     requeue of the same job on another host. The file stays: removing it would let two writers lock two files.
@@ -23,7 +24,7 @@ def folder_lock(folder: Path, name: str = "writer") -> Iterator[None]:
     path = folder / f".{name}.lock"
     with open(path, "a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
                 raise DataError(

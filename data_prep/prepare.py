@@ -46,6 +46,7 @@ from data_prep.shards import (
     mapped,
     open_shards,
     shard_name,
+    tokenizer_hash,
     write_manifest,
 )
 from data_prep.sources import (
@@ -205,9 +206,12 @@ def prepare(config: PrepareConfig) -> None:
     with ExitStack() as held:
         whole = num_tasks == 1 or config.finish
         held.enter_context(folder_lock(config.out, "writer" if whole else f"task-{task_index}-of-{num_tasks}"))
-        tokenizer = _place_tokenizer(config)
-        recorded = recorded_config(config, sources, tokenizer)
-        _check_same_config(config.out, recorded)
+        with folder_lock(config.out, "setup", wait=True):  # array tasks start together
+            tokenizer = _place_tokenizer(config)
+            recorded = recorded_config(config, sources, tokenizer)
+            _check_same_config(config.out, recorded)
+            if not (config.out / "config.json").exists():
+                write_json(config.out / "config.json", recorded)
         if (config.out / "manifest.json").exists():
             manifest = open_shards(config.out).manifest
             remove_folder(config.out / "parts")  # the last thing that a finish does, which may have been cut off
@@ -215,7 +219,6 @@ def prepare(config: PrepareConfig) -> None:
             return
         if whole:
             remove_leftovers(config.out)
-        write_json(config.out / "config.json", recorded)
         make_folder(config.out / "parts")
         if not config.finish:
             _make_parts(config, sources, tokenizer, task_index, num_tasks)
@@ -262,8 +265,6 @@ def _place_tokenizer(config: PrepareConfig) -> dict[str, Any]:
 
 def _hash_of_named(name: str, placed: Path, placed_hash: str) -> str:
     """The hash of the tokenizer that the command names now, where that is a folder: it may have changed since."""
-    from data_prep.shards import tokenizer_hash
-
     return tokenizer_hash(Path(name)) if Path(name).is_dir() else placed_hash
 
 

@@ -48,6 +48,13 @@ def test_the_lock_of_a_killed_holder_is_taken_over(tmp_path):
         pass
 
 
+def test_a_lock_can_be_waited_for(tmp_path):
+    holder = start(tmp_path, 1)
+    assert holder.stdout is not None and holder.stdout.readline().strip() == "won"
+    with folder_lock(tmp_path, wait=True):
+        assert holder.wait(timeout=5) == 0
+
+
 def test_tasks_with_different_names_do_not_hinder_each_other(tmp_path):
     with folder_lock(tmp_path, "task-0-of-2"), folder_lock(tmp_path, "task-1-of-2"):
         pass

@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +72,18 @@ def test_array_tasks_and_finish_make_the_bytes_of_one_run(jsonl, tokenizer_folde
         assert not (array / "manifest.json").exists()
     prepare(config(jsonl, array, tokenizer_folder, part_megabytes=0.002, finish=True))
     assert contents(array) == contents(tmp_path / "one")
+
+
+def test_array_tasks_may_start_together(jsonl, tokenizer_folder, tmp_path):
+    out = tmp_path / "array"
+    command = [sys.executable, "-m", "data_prep.prepare", "--source", str(jsonl), "--out", str(out), "--length", "64"]
+    command += ["--tokenizer", str(tokenizer_folder), "--part-megabytes", "0.002", "--min-characters", "10"]
+    root = Path(__file__).parents[2]
+    tasks = [subprocess.Popen([*command, "--num-tasks", "4", "--task-index", str(i)], cwd=root) for i in range(4)]
+    assert [task.wait() for task in tasks] == [0, 0, 0, 0]
+    prepare(config(jsonl, out, tokenizer_folder, part_megabytes=0.002, finish=True))
+    prepare(config(jsonl, tmp_path / "one", tokenizer_folder, part_megabytes=0.002))
+    assert contents(out) == contents(tmp_path / "one")
 
 
 def test_a_rerun_makes_only_what_is_missing(jsonl, tokenizer_folder, tmp_path, capsys):
