@@ -46,5 +46,6 @@ def test_every_kernel_compiles_for_both_architectures_without_spilling_on_hopper
 
 @pytest.mark.slow
 def test_every_tuning_configuration_compiles(tmp_path):
-    for call in ("encoder_experts", "decoder_experts", "float32_experts"):
-        assert len(compiled(tmp_path / f"{call}.json", [call], "--every-config")) > 40
+    launches = {"encoder_experts": 2 * 11, "decoder_experts": 2 * 15, "float32_experts": 2 * 11}
+    for call, at_least in launches.items():
+        assert len(compiled(tmp_path / f"{call}.json", [call], "--every-config")) >= at_least
