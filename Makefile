@@ -57,7 +57,11 @@ faults: export DS_ACCELERATOR ?= cpu
 faults: .venv/installed
 	pytest -q -m fault
 
+# Correctness of every kernel on the GPU at hand, then its speed beside its peers; writes kernels/benchmarks/results/.
+bench-gpu: .venv/installed
+	python kernels/benchmarks/bench_gpu.py
+
 clean:
 	rm -rf demo-out runs .pytest_cache .mypy_cache .ruff_cache
 
-.PHONY: install demo lint test faults clean
+.PHONY: install demo lint test faults bench-gpu clean
