@@ -72,8 +72,8 @@ def linear_kl(
 
     `loss_sum` is differentiable in `hidden_ND`, `head_VD` and `bias_V`, never in the teacher. The gradient is computed
     here, chunk by chunk, so that memory beyond the gradients themselves does not grow with N * V; it serves one
-    backward, which does not read the head. (A ZeRO-3 head must be gathered around both all the same, as any parameter:
-    autograd compares its shape with that of its gradient.)
+    backward, which does not read the head. (A ZeRO-3 head must have its shape in both all the same: keep it whole, or
+    call this inside the forward of a module that reads it. Gathering it around call and backward is not enough.)
     The logits have the dtype of `hidden_ND` (under autocast, autocast's), everything after them float32 or wider; the
     head's gradient is accumulated in float32 over the chunks.
 
