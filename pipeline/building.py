@@ -52,13 +52,16 @@ def build_models(config: RunConfig, checked: Checked) -> tuple[Any, Any]:
             checked.shards.manifest,
             init_folder=checked.init_folder,
             seed=config.seed,
+            attention=config.engine.attention,
             teacher_width=checked.teacher_config["hidden_size"] if config.loss.hidden_cosine else None,
         )
         if checked.cache is not None:
             return decoder, CachedTeacher(checked.cache.manifest)
         if checked.teacher_folder is None:
             return decoder, NoTeacher()
-        return decoder, load_causal_teacher(checked.teacher_folder, config.teacher, dtype=dtype)
+        return decoder, load_causal_teacher(
+            checked.teacher_folder, config.teacher, dtype=dtype, attention=config.engine.attention
+        )
     student = build_student(
         config.student, teacher_config=checked.teacher_config, init_folder=checked.init_folder, seed=config.seed
     )

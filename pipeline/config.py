@@ -239,6 +239,8 @@ class EngineConfig:
     """Ranks that share the experts of a layer; divides experts and ranks. 1 keeps every expert on every rank."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Arithmetic of student and teacher; bf16 keeps fp32 master weights and gradient sums."""
+    attention: Literal["sdpa", "flash_attention_2", "flex_attention", "eager"] = "sdpa"
+    """Decoders: transformers' attention of student and teacher; documents in a row stay apart with each of them."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about one more student forward."""
     timeout_minutes: float = 30.0

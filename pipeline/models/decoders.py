@@ -165,10 +165,16 @@ def _unsigned(part: Tensor) -> Tensor:
     return part.long() & (2 ** (8 * part.element_size()) - 1)
 
 
-def load_causal_teacher(folder: Path, config: TeacherConfig, *, dtype: torch.dtype) -> CausalTeacher:
+def load_causal_teacher(
+    folder: Path, config: TeacherConfig, *, dtype: torch.dtype, attention: str = "sdpa"
+) -> CausalTeacher:
     """The frozen teacher of a checked model folder."""
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, trust_remote_code=config.trust_remote_code, use_safetensors=True
+        folder,
+        dtype=dtype,
+        trust_remote_code=config.trust_remote_code,
+        use_safetensors=True,
+        attn_implementation=attention,
     )
     check_logits(model.config, "teacher.model")
     return CausalTeacher(model, micro_size=config.micro_size)
@@ -181,6 +187,7 @@ def build_decoder(
     init_folder: Path | None,
     seed: int,
     teacher_width: int | None = None,
+    attention: str = "sdpa",
 ) -> DecoderStudent:
     """A decoder with its first weights: those of a folder, or random ones of its shape or of the recipe's sizes.
 
@@ -189,15 +196,16 @@ def build_decoder(
         init_folder: AutoModelForCausalLM folder; None builds a LLaMA from the recipe's sizes.
         teacher_width: of the hidden states to which the student's are mapped for a loss; None: there is no such loss.
     """
+    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": attention}
     # The caller's random state stays as it was, so that a resumed run draws what the unbroken run drew.
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if init_folder is None:
-            backbone = AutoModelForCausalLM.from_config(llama_config(config, manifest), dtype=torch.float32)
+            backbone = AutoModelForCausalLM.from_config(llama_config(config, manifest), **options)
         elif config.random_weights:
-            backbone = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(init_folder), dtype=torch.float32)
+            backbone = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(init_folder), **options)
         else:
-            backbone = AutoModelForCausalLM.from_pretrained(init_folder, dtype=torch.float32, use_safetensors=True)
+            backbone = AutoModelForCausalLM.from_pretrained(init_folder, use_safetensors=True, **options)
         check_logits(backbone.config, "student.init_from")
         return DecoderStudent(backbone, num_ids=manifest.tokenizer["vocab_size"], teacher_width=teacher_width)
 

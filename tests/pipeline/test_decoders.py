@@ -13,7 +13,7 @@ from data_prep.shards import open_shards
 from pipeline.batches import decoder_batch
 from pipeline.config import LossConfig, load_run_config
 from pipeline.losses import active_losses, compute_losses, distillation_share, needs_teacher
-from pipeline.models.decoders import CausalTeacher, DecoderStudent, check_logits
+from pipeline.models.decoders import CausalTeacher, DecoderStudent, build_decoder, check_logits
 from pipeline.models.export import export_decoder
 from pipeline.models.sizes import num_active_parameters, num_parameters
 from pipeline.preflight import check_run
@@ -56,6 +56,21 @@ def test_a_packed_row_gives_the_logits_of_its_documents_alone(kind, batch):
         for row, first, end in DOCUMENTS:
             alone_TV = student.backbone(batch.input_ids[row : row + 1, first:end]).logits[0]
             torch.testing.assert_close(logits_BTV[row, first:end], alone_TV, atol=1e-5, rtol=0)
+
+
+def test_every_attention_keeps_documents_apart(tmp_path, batch):
+    from pipeline.config import StudentConfig
+
+    folder = write_decoder(tmp_path / "model", "mixtral")
+    manifest = open_shards(write_blocks(tmp_path / "rows", rows=2)).manifest
+    config = StudentConfig(architecture="decoder", init_from=str(folder))
+    outputs = []
+    for attention in ("sdpa", "eager"):
+        student = build_decoder(config, manifest, init_folder=folder, seed=0, attention=attention)
+        assert student.backbone.config._attn_implementation == attention
+        with torch.no_grad():
+            outputs.append(student(batch).hidden_states_BTD)
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["logit_kl", "reverse_kl", "jsd"])
