@@ -24,7 +24,7 @@ BRACES = re.compile(r"\{\{|\}\}|\n[ \t:*#]*\{\||\n[ \t]*\|\}(?!\}(?!\}\}))")
 # [[label]] and [[target|label]] without a colon: four fifths of all links.
 SIMPLE_LINK = re.compile(r"\[\[(?:[^\[\]|:\n{}]*\|)?([^\[\]|:\n]*)\]\]")
 # Any innermost link; single brackets may stand in it. Possessive, so that an unclosed one costs one look.
-LINK = re.compile(r"\[\[((?:[^\[\]]++|\[(?!\[)[^\[\]]*+\](?!\]))*+)\]\]")
+LINK = re.compile(r"\[\[((?:[^\[\]]++|\[(?!\[)[^\[\]]*+\](?:(?!\])|(?=\]\])))*+)\]\]")
 LANGUAGE = re.compile(r"(?:[a-z]{2,3}|simple|[a-z]{2,4}(?:-[a-z]{2,6})+)", re.ASCII)
 EXTERNAL_LINK = re.compile(
     r"\[(?:(?:https?|ftps?|irc|news|git|svn)://|//|mailto:)[^\s\[\]]*[ \t]*([^\[\]\n]*)\]", re.IGNORECASE

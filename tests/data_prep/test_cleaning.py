@@ -19,6 +19,7 @@ from data_prep.cleaning import HIDDEN_LINKS, clean_wikitext, clean_with_mwparser
         ("[[fr:Chose]]Links to other languages are not shown.", "Links to other languages are not shown."),
         ("[[wikt:word|word]] is shown.", "word is shown."),
         ("[[File:A.jpg|thumb|A [[link]] [1] in {{a|b}} it]]Text after it.", "Text after it."),
+        ("The [[Kyrios|κύριος ['Lord']]] made it.", "The κύριος ['Lord'] made it."),
         ("A [http://a.b label] and [http://a.b] bare.", "A label and bare."),
         ("Text{{cite|a={{b|c}}|d}} goes {{on}}.", "Text goes."),
         ("Before.\n{| class=x\n| cell\n{|\n| inner\n|}\n|}\nAfter it all.", "Before.\nAfter it all."),
