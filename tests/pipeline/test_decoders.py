@@ -236,3 +236,19 @@ def test_a_mistake_is_one_line_with_key_and_mend(folders, tmp_path, flags, parts
 def test_the_shards_of_the_fixtures_end_documents_with_eos(folders):
     columns = open_shards(folders / "rows").read(np.arange(4))
     assert (columns["input_ids"] == EOS).any() and columns["document_index"].max() > 0
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_recomputed_activations_give_the_same_gradients_to_routers_and_experts(kind, batch):
+    config = LossConfig(cross_entropy=1.0, balance=0.0, router_z=0.1)
+    found = []
+    for recompute in (False, True):
+        student = DecoderStudent(build_model(kind), num_ids=len(WORDS)).train()
+        if recompute:
+            student.backbone.gradient_checkpointing_enable()
+        weights = active_losses(config, has_routers=True, is_decoder=True)
+        seen = student(batch)
+        compute_losses(weights, seen, seen, config).total.backward()
+        found.append({name: parameter.grad for name, parameter in student.named_parameters()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, msg=name)
