@@ -41,10 +41,12 @@ def two_ranks(engine_recipe, decoder_recipe, zero_3_whatever_the_size):
     """Differences from the bare loop over three steps; `saved` is a checkpoint of the last one."""
     folder = engine_recipe.parent / "two"
     cases = {
-        "ZeRO 0, clipped": case("zero0", experts=2, micro=8, clip=0.05),
+        "ZeRO 0, clipped": case("zero0", experts=2, micro=8, clip=0.05, poison=True),
         "ZeRO 1": case("zero1", experts=2, micro=8, save=folder / "a"),
-        "ZeRO 2, accumulation, clipped": case("zero2", experts=2, micro=4, clip=0.05),
-        "ZeRO 3, an expert without tokens": case(zero_3_whatever_the_size, experts=2, micro=4, starve=True),
+        "ZeRO 2, accumulation, clipped": case("zero2", experts=2, micro=4, clip=0.05, poison=True),
+        "ZeRO 3, an expert without tokens": case(
+            zero_3_whatever_the_size, experts=2, micro=4, starve=True, poison=True
+        ),
         "a decoder at ZeRO 3": case(
             zero_3_whatever_the_size,
             experts=2,
@@ -56,7 +58,9 @@ def two_ranks(engine_recipe, decoder_recipe, zero_3_whatever_the_size):
         ),
         "ZeRO 2 offloaded, recomputed": case("zero2_offload", experts=2, micro=8, recompute=True),
         "ZeRO 3 offloaded, accumulation": case("zero3_offload", experts=2, micro=4),
-        "bf16 at ZeRO 1, accumulation": case("zero1", experts=2, micro=4, precision="bf16", save=folder / "b"),
+        "bf16 at ZeRO 1, accumulation": case(
+            "zero1", experts=2, micro=4, precision="bf16", poison=True, save=folder / "b"
+        ),
     }
     return run_cases(engine_recipe, cases, ranks=2, folder=folder)
 

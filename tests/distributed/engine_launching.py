@@ -28,6 +28,7 @@ def case(
     precision: str = "fp32",
     recompute: bool = False,
     starve: bool = False,
+    poison: bool = False,
     resume: str | None = None,
     save: Path | None = None,
     recipe: Path | None = None,
@@ -35,6 +36,7 @@ def case(
 ) -> dict[str, Any]:
     """Three steps of the global batch under a ZeRO config, with `experts` ranks sharing the experts of a layer.
 
+    `poison` takes a step before them that must change nothing: one rank's expert has a gradient that is not finite.
     `resume` goes on from a checkpoint after three steps for two more, `save` writes one after the last step.
     """
     fields = {
@@ -50,6 +52,7 @@ def case(
         "recipe": recipe and str(recipe),
         "steps": [3, 5] if resume else [0, 3],
         "starve": starve,
+        "poison": poison,
         "resume": resume,
         "save": save and str(save),
     }

@@ -19,7 +19,7 @@ from pipeline.building import build_models
 from pipeline.config import RunConfig, load_run_config
 from pipeline.losses import compute_losses
 from pipeline.optimizer import parameter_groups
-from pipeline.parallel import backward, gradient_norm, join, replicated_gradient_norm, start_engine
+from pipeline.parallel import backward, gradient_norm, join, replicated_gradient_norm, start_engine, take_step
 from pipeline.preflight import check_run
 from pipeline.ranks import place_from_environment
 from pipeline.state_files import StateFiles
@@ -106,15 +106,26 @@ class EngineLoop:
         for group in engine.optimizer.param_groups:
             group["lr"] = RATES[step]
         scale, total, norm = len(data.micro_batches) * ranks.world_size / num_tokens, 0.0, None
+        self.was_applied = False
         for batch in data.micro_batches:
             seen_by_teacher = self.teacher(batch)
             seen = with_shares(engine(batch), loads)
             loss = summed_loss(seen, seen_by_teacher, self.config)
             backward(engine, loss * scale)
             norm = replicated_gradient_norm(engine)
-            engine.step()
+            self.was_applied = take_step(engine)
             total += float(loss.detach())
         return sum(ranks.gather(total)) / num_tokens, norm or gradient_norm(engine)
+
+    def poisoned_step(self, step: int) -> list[bool]:
+        """A step in which one expert of the last rank has a gradient that is not finite: which ranks applied it."""
+        name, parameter = next((n, p) for n, p in self.student.named_parameters() if ".experts." in n)
+        assert name.endswith(("w1", "gate_up_proj"))
+        is_last = self.ranks.rank == self.ranks.world_size - 1
+        handle = parameter.register_hook(lambda grad: grad * float("nan") if is_last else grad)
+        self.step(step)
+        handle.remove()
+        return self.ranks.gather(self.was_applied)
 
     def compared_with(self, bare: BareLoop) -> dict[str, float]:
         """The largest difference of any weight and moment on any rank, and the parameters that no rank holds."""
@@ -171,6 +182,8 @@ def run_case(case: dict[str, Any], recipe: str, ranks: Any) -> dict[str, Any]:
         checkpoints.load(path, record, loop.engine, ranks, loop.topology, seed=0)
         result["after load"] = loop.differences_from_files(path)
         assert updates_taken(loop.engine) == first
+    if case["poison"]:
+        result["applied"] = loop.poisoned_step(first)
     for step in range(first, last):
         (wanted, wanted_norm), (loss, norm) = bare.step(step), loop.step(step)
         result["loss"].append(abs(loss - wanted))

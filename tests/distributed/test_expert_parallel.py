@@ -36,6 +36,14 @@ def test_two_ranks_equal_one_process(two_ranks, name):
         assert min(two_ranks[name]["norms"]) > 0.05, "nothing was clipped"
 
 
+@pytest.mark.fault(17)
+def test_a_gradient_of_one_expert_that_is_not_finite_is_applied_on_no_rank(two_ranks):
+    """The steps after it, compared above, are as if it had not been."""
+    applied = {name: result["applied"] for name, result in two_ranks.items() if "applied" in result}
+    assert len(applied) == 4
+    assert all(ranks == [False, False] for ranks in applied.values()), applied
+
+
 def test_bf16_follows_float32(two_ranks):
     check_follows_float32(two_ranks["bf16 at ZeRO 1, accumulation"])
 

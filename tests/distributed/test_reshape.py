@@ -8,6 +8,8 @@ from test_expert_parallel import check_follows_float32, check_same_as_one_proces
 
 from launching import distill, exported_weights, numbers_of
 
+pytestmark = pytest.mark.fault(18)
+
 
 def check_goes_on_as_if_unbroken(result):
     """What was loaded is what was saved, and the steps after it are those of an unbroken run."""

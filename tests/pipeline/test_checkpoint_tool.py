@@ -47,6 +47,7 @@ def test_show_says_where_the_run_was_and_how_it_was_cut(checkpoint, capsys):
     assert "step 3, 1,200 tokens, 3 updates; 2 ranks, ZeRO 2, expert_parallel_size 2, bf16" in shown
 
 
+@pytest.mark.fault(9)
 def test_verify_names_the_damaged_file(checkpoint, capsys):
     shutil.copytree(checkpoint, checkpoint.with_name("step-00000006"))
     assert main(["verify", str(checkpoint.parent)]) == 0
