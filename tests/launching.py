@@ -65,7 +65,7 @@ def distill(*arguments: str, ranks: int | None = None, timeout: float = 120, **e
         return process.returncode, output
 
 
-def wait_for(condition, seconds: float = 60) -> None:
+def wait_for(condition, seconds: float = 180) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
