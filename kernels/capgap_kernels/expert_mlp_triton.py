@@ -404,7 +404,8 @@ def expand_backward_kernel(
     grain = column_tile.to(tl.int64) * (BLOCK_N // PART)
     for within in tl.static_range(BLOCK_N // PART):
         part_here_M = part_M if within == 0 else tl.zeros([BLOCK_M], tl.float32)
-        written_M = inside_M & ((grain + within) * PART < F)
+        # A comparison of blocks: Triton 3.9's interpreter makes an integer of a block & a scalar.
+        written_M = inside_M & ((grain + within) * PART + tl.zeros([BLOCK_M], tl.int64) < F)
         tl.store(gate_part_ptr + (grain + within) * M + row_M, part_here_M, mask=written_M)
 
 
@@ -529,9 +530,9 @@ def weight_gradient_kernel(
     )
     if HAS_BIAS:
         # Every column tile has the same sum; the first one writes it.
-        first_tile = tl.program_id(0) % num_column_tiles == 0
+        first_tile_M = tl.program_id(0) % num_column_tiles + tl.zeros([BLOCK_M], tl.int32) == 0
         bias_M = tl.sum(tl.where(tl.arange(0, 16)[None, :] == 0, bias_MO, 0.0), 1)
-        tl.store(bias_ptr + part * I + i_M, bias_M.to(bias_ptr.dtype.element_ty), mask=inside_M & first_tile)
+        tl.store(bias_ptr + part * I + i_M, bias_M.to(bias_ptr.dtype.element_ty), mask=inside_M & first_tile_M)
 
 
 def expert_mlp_forward(
