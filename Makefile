@@ -1,4 +1,5 @@
 # make demo    the whole road on bundled data, about 5 minutes on 2 cores
+# make demo-llm  the same for language models, about 10 minutes
 # make test    lint, types and tests
 # make faults  the fault campaign, with its table
 # Each creates .venv first; nothing else is needed than python3 with venv, make and gcc.
@@ -42,6 +43,26 @@ DEMO_SCORE = --tasks qnli wikigold --data data_prep/samples --seeds 3 --max-trai
 	--epochs 1 --batch-size 4 --max-length 64 --learning-rates 1e-4 --learning-rate-of wikigold 5e-4 --dropout 0 \
 	--throughput-batch-size 8
 
+# The road of language models at toy size: a small LLaMA from text alone, cut, upcycled and distilled.
+demo-llm: export DS_ACCELERATOR ?= cpu
+demo-llm: export OMP_NUM_THREADS ?= 1
+demo-llm: export HF_HUB_OFFLINE ?= 1
+demo-llm: .venv/installed
+	capgap tokenizer train --source $(SAMPLE_DUMP) --vocab-size 2048 --out demo-llm/tokenizer
+	capgap prepare --source $(SAMPLE_DUMP) --tokenizer demo-llm/tokenizer --rows lm-blocks --length 128 --out demo-llm/shards
+	deepspeed -q --num_gpus 2 --module pipeline.distill --config pipeline/recipes/tiny-llm-teacher.yaml
+	capgap prune --model demo-llm/teacher/export --shards demo-llm/shards --num-layers 3 --intermediate-size 256 --out demo-llm/pruned
+	capgap upcycle --model demo-llm/pruned --num-experts 4 --top-k 2 --out demo-llm/mixture
+	deepspeed -q --num_gpus 2 --module pipeline.distill --config pipeline/recipes/tiny-llm.yaml
+	deepspeed -q --num_gpus 2 --module pipeline.distill --config pipeline/recipes/tiny-llm-scratch.yaml
+	capgap score --model demo-llm/teacher/export --out demo-llm/teacher $(LLM_SCORE)
+	capgap score --model demo-llm/student/export --out demo-llm/student $(LLM_SCORE)
+	capgap score --model demo-llm/scratch/export --out demo-llm/scratch $(LLM_SCORE)
+	capgap report demo-llm/teacher demo-llm/student demo-llm/scratch --out demo-llm/report
+
+SAMPLE_DUMP = data_prep/samples/wikipedia/enwiki-2016-sample.xml.bz2
+LLM_SCORE = --tasks perplexity --data data_prep/samples --max-length 128 --throughput-batch-size 0
+
 lint: .venv/installed
 	ruff check .
 	mypy
@@ -49,7 +70,7 @@ lint: .venv/installed
 test: export OMP_NUM_THREADS ?= 1
 test: export DS_ACCELERATOR ?= cpu
 test: lint
-	pytest -q -m "not slow"
+	pytest -q -m "not slow" -n 2 --dist loadfile
 
 # Every fault of tests/faults.py, the long campaigns too; ends with the table that stands in the README.
 faults: export OMP_NUM_THREADS ?= 1
@@ -62,6 +83,6 @@ bench-gpu: .venv/installed
 	python kernels/benchmarks/bench_gpu.py
 
 clean:
-	rm -rf demo-out runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf demo-out demo-llm runs .pytest_cache .mypy_cache .ruff_cache
 
-.PHONY: install demo lint test faults bench-gpu clean
+.PHONY: install demo demo-llm lint test faults bench-gpu clean
