@@ -78,6 +78,10 @@ faults: export DS_ACCELERATOR ?= cpu
 faults: .venv/installed
 	pytest -q -m fault
 
+# The long campaigns of data preparation: crash points, full disks, flipped bits, cut and fuzzed dumps.
+faults-data: .venv/installed
+	python -m data_prep.benchmarks.faults
+
 # Correctness of every kernel on the GPU at hand, then its speed beside its peers; writes kernels/benchmarks/results/.
 bench-gpu: .venv/installed
 	python kernels/benchmarks/bench_gpu.py
@@ -85,4 +89,4 @@ bench-gpu: .venv/installed
 clean:
 	rm -rf demo-out demo-llm runs .pytest_cache .mypy_cache .ruff_cache
 
-.PHONY: install demo demo-llm lint test faults bench-gpu clean
+.PHONY: install demo demo-llm lint test faults faults-data bench-gpu clean
