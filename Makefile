@@ -39,7 +39,7 @@ demo: .venv/installed
 	@echo '  model = AutoModel.from_pretrained("demo-out/minimoe/export", trust_remote_code=True)'
 
 # Small enough for a few minutes on two cores: the scores show that the road works, not how good a model is.
-DEMO_SCORE = --tasks qnli wikigold --data data_prep/samples --seeds 3 --max-train-examples 200 --max-eval-examples 160 \
+DEMO_SCORE = --tasks qnli wikigold --data data_prep/samples --seeds 3 --max-train-examples 120 --max-eval-examples 100 \
 	--epochs 1 --batch-size 4 --max-length 64 --learning-rates 1e-4 --learning-rate-of wikigold 5e-4 --dropout 0 \
 	--throughput-batch-size 8
 

@@ -95,6 +95,9 @@ def describe(config: RunConfig, checked: Checked, student: Any, teacher: Any) ->
             whole = loader.from_config(
                 AutoConfig.from_pretrained(checked.teacher_folder, trust_remote_code=config.teacher.trust_remote_code)
             )
+        # Students have no pooler: counting the teacher's would compare unlike things.
+        if hasattr(whole, "pooler"):
+            whole.pooler = None
         sizes["teacher"] = {
             "name": config.teacher.model,
             "parameters_served": num_parameters(whole),

@@ -581,7 +581,8 @@ def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def changed_keys(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Dotted keys whose value differs and that decide numbers: `key (old -> new)`, safe keys left out."""
-    flat_before, flat_after = _flatten(before), _flatten(after)
+    # A field that an older version did not know had what is now its default.
+    flat_before, flat_after = _flatten(asdict(RunConfig())) | _flatten(before), _flatten(after)
     return [
         f"{key} ({flat_before.get(key)} -> {flat_after.get(key)})"
         for key in sorted(flat_before.keys() | flat_after.keys())
