@@ -18,7 +18,7 @@ BIN = Path(sys.executable).parent
 def environment(**more: str) -> dict[str, str]:
     """The environment of a run: the virtual environment first, one thread per rank, CPU ranks."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "MASTER_"))}
-    for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+    for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TRITON_INTERPRET"):
         env.pop(key, None)
     path = f"{BIN}{os.pathsep}{env.get('PATH', '')}"
     return env | {"PATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", **more}
