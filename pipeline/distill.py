@@ -338,6 +338,8 @@ def distill(config: RunConfig, checked: Checked) -> int:
             save()
             saved_step = position.step
 
+    # No step follows: a long export is no hang.
+    hang_watch.close()
     if progress is not None:
         progress.__exit__(None, None, None)
     if ranks.rank == 0:

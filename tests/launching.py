@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pipeline.doctor import numbers
+
 PROJECT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 
@@ -78,8 +80,7 @@ def json_lines(path: Path) -> list[dict]:
 
 def numbers_of(run: Path) -> list[dict]:
     """metrics.jsonl without what measures time and memory."""
-    timing = ("tokens_per_second", "memory/")
-    return [{k: v for k, v in line.items() if not k.startswith(timing)} for line in json_lines(run / "metrics.jsonl")]
+    return numbers(run / "metrics.jsonl")
 
 
 def exported_weights(run: Path):
