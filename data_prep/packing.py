@@ -12,6 +12,8 @@ from typing import Literal
 
 import numpy as np
 
+from data_prep.shards import narrowest_unsigned
+
 Pairing = Literal["consecutive", "sentence-order", "random-next"]
 
 
@@ -124,7 +126,7 @@ def fill_pairs(
     copy_spans(input_ids, tokens, rows, boundary, second[:, 0], second[:, 1])
     input_ids[rows, boundary - 1] = sep_id
     input_ids[rows[has_second], valid[has_second] - 1] = sep_id
-    small = np.min_scalar_type(length)
+    small = narrowest_unsigned(length)
     return {
         "input_ids": input_ids,
         "length": valid.astype(small),
@@ -190,4 +192,4 @@ def fill_blocks(spans: np.ndarray, tokens: np.ndarray, *, length: int, pad_id: i
     input_ids = np.full((num_rows, length), pad_id, tokens.dtype)
     copy_spans(input_ids, tokens, row, column, start, count)
     valid = np.bincount(row, weights=count, minlength=num_rows) if len(spans) else np.zeros(0)
-    return {"input_ids": input_ids, "length": valid.astype(np.min_scalar_type(length))}
+    return {"input_ids": input_ids, "length": valid.astype(narrowest_unsigned(length))}

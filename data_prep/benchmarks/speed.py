@@ -76,11 +76,6 @@ class Times:
         return f"{statistics.median(ratios):.2f}x [{min(ratios):.2f}..{max(ratios):.2f}]"
 
 
-def run_silently(command: list[str]) -> None:
-    """Runs another program to its end."""
-    subprocess.run(command, check=True, capture_output=True)
-
-
 def cpu_seconds() -> float:
     """User and system time of this process and its finished children."""
     mine, children = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
