@@ -5,9 +5,10 @@ A plan lists spans (row, column, start, count): `count` tokens from position `st
 """
 
 import random
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
@@ -42,51 +43,53 @@ def plan_pairs(
     random-next takes half of the second segments from another document.
     """
     room = length - 3
-    starts: list[list[int]] = []
-    pieces: list[list[int]] = []
+    ends: list[list[int]] = []  # of each document, where its sentences end in the flat tokens, after its own start
     position = 0
     for counts in documents:
-        document_starts, document_pieces = [], []
-        for count in counts:
-            while count > room:
-                document_starts.append(position)
-                document_pieces.append(room)
-                position += room
-                count -= room  # noqa: PLW2901
-            if count:
-                document_starts.append(position)
-                document_pieces.append(count)
-                position += count
-        starts.append(document_starts)
-        pieces.append(document_pieces)
+        if counts and max(counts) > room:
+            counts = [piece for count in counts for piece in _cut(count, room)]  # noqa: PLW2901
+        document_ends = list(accumulate(filter(None, counts), initial=position))
+        position = document_ends[-1]
+        ends.append(document_ends)
 
     plan = PairPlan()
-    nonempty = [d for d, counts in enumerate(pieces) if counts]
+    nonempty = [d for d, document_ends in enumerate(ends) if len(document_ends) > 1]
     for d, seed in enumerate(seeds):
-        _plan_document(plan, d, starts, pieces, nonempty, random.Random(seed), room, short_row_probability, pairing)
+        _plan_document(plan, d, ends, nonempty, random.Random(seed), room, short_row_probability, pairing)
     return plan
 
 
-def _plan_document(plan, d, starts, pieces, nonempty, rng, room, short_row_probability, pairing) -> None:
-    counts, begins = pieces[d], starts[d]
-    sentence = 0
-    while sentence < len(counts):
+def _cut(count: int, room: int) -> list[int]:
+    """A sentence's tokens as pieces of at most `room`."""
+    return [room] * (count // room) + [count % room]
+
+
+def _plan_document(
+    plan: PairPlan,
+    d: int,
+    ends: list[list[int]],
+    nonempty: list[int],
+    rng: random.Random,
+    room: int,
+    short_row_probability: float,
+    pairing: Pairing,
+) -> None:
+    own = ends[d]
+    sentence, last = 0, len(own) - 1
+    while sentence < last:
         target = rng.randint(2, room) if rng.random() < short_row_probability else room
-        total = counts[sentence]
-        end = sentence + 1
-        while end < len(counts) and total + counts[end] <= target:
-            total += counts[end]
-            end += 1
+        start = own[sentence]
+        end = max(sentence + 1, bisect_right(own, start + target, sentence) - 1)
         cut = rng.randint(sentence + 1, end - 1) if end - sentence > 1 else end
-        first_count = sum(counts[sentence:cut])
-        first = (begins[sentence], first_count)
-        second = (begins[cut], total - first_count) if cut < end else (0, 0)
+        middle = own[cut]
+        first = (start, middle - start)
+        second = (middle, own[end] - middle) if cut < end else (0, 0)
         in_order = True
-        if pairing == "random-next" and len(nonempty) > 1 and first_count < room and rng.random() < 0.5:
+        if pairing == "random-next" and len(nonempty) > 1 and first[1] < room and rng.random() < 0.5:
             other = d
             while other == d:
                 other = rng.choice(nonempty)
-            second = _random_span(rng, starts[other], pieces[other], room - first_count)
+            second = _random_span(rng, ends[other], room - first[1])
             in_order = False
             end = cut  # what B would have been comes in the next row
         elif pairing == "sentence-order" and second[1] and rng.random() < 0.5:
@@ -98,15 +101,12 @@ def _plan_document(plan, d, starts, pieces, nonempty, rng, room, short_row_proba
         sentence = end
 
 
-def _random_span(rng: random.Random, begins: list[int], counts: list[int], room: int) -> tuple[int, int]:
+def _random_span(rng: random.Random, ends: list[int], room: int) -> tuple[int, int]:
     """Whole sentences of another document from a random place on, at most `room` tokens (one sentence may be cut)."""
-    start = rng.randrange(len(counts))
-    total = min(counts[start], room)
-    for count in counts[start + 1 :]:
-        if total + count > room:
-            break
-        total += count
-    return begins[start], total
+    sentence = rng.randrange(len(ends) - 1)
+    start = ends[sentence]
+    end = max(sentence + 1, bisect_right(ends, start + room, sentence) - 1)
+    return start, min(ends[end] - start, room)
 
 
 def fill_pairs(
@@ -190,6 +190,9 @@ def fill_blocks(spans: np.ndarray, tokens: np.ndarray, *, length: int, pad_id: i
     row, column, start, count = spans.T if len(spans) else np.zeros((4, 0), np.int64)
     num_rows = int(row.max()) + 1 if len(spans) else 0
     input_ids = np.full((num_rows, length), pad_id, tokens.dtype)
-    copy_spans(input_ids, tokens, row, column, start, count)
+    if np.array_equal(row * length + column, start):  # back to back, where every token keeps its place: one copy
+        input_ids.reshape(-1)[: len(tokens)] = tokens
+    else:
+        copy_spans(input_ids, tokens, row, column, start, count)
     valid = np.bincount(row, weights=count, minlength=num_rows) if len(spans) else np.zeros(0)
     return {"input_ids": input_ids, "length": valid.astype(narrowest_unsigned(length))}

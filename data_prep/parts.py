@@ -182,7 +182,7 @@ class PartMaker:
             return columns, 0, []
         ids = self._tokenizer
         if options.rows == "bert-pairs":
-            sentences = [[s for line in text.split("\n") for s in split_sentences(line)] for _, text in kept]
+            sentences = [split_sentences(text) for _, text in kept]
             tokens = self._encode([sentence for split in sentences for sentence in split])
             counts = tokens.counts.tolist()
             per_document, start = [], 0

@@ -103,7 +103,7 @@ def dump_benchmark(options: Options) -> None:
             texts = times.measure("clean", lambda: [clean_wikitext(page.text) for page in pages])
             split = times.measure(
                 "sentences",
-                lambda: [[s for line in t.split("\n") for s in split_sentences(line)] for t in texts],
+                lambda: [split_sentences(text) for text in texts],
             )
             flat = [sentence for document in split for sentence in document]
             reference = times.measure("tokens huggingface", lambda: ReferenceEngine(tokenizer).encode(flat))
