@@ -14,13 +14,13 @@ NOT_ABBREVIATED = r"(?<![\s.(\[\"“‘«][^\W\dI_]\.)(?<!\A[^\W\dI_]\.)" + "".j
 )
 NOT_LOWER = r"(?=[^\sa-z\u00df-\u00f6\u00f8-\u00ff\u03b1-\u03c9\u0430-\u044f,;:%)-])"
 CLOSERS = r"[\"'\u2019\u201d\u00bb)\]]*"
-# Both begin with one set of characters, which the regex engine looks for fastest.
-BOUNDARY = re.compile(rf"[.!?\n](?:(?<=\n)|{NOT_ABBREVIATED}{CLOSERS}[ ]{NOT_LOWER})")
-# Ellipsis, Arabic, Urdu and Devanagari stops need a space after them too; Chinese and Japanese ones do not.
-OTHER_STOPS = "\u3002\uff01\uff1f\uff61\u2026\u061f\u06d4\u0964\u0965"
-ANY_BOUNDARY = re.compile(
-    rf"[.!?\n{OTHER_STOPS}](?:(?<=\n)|(?<![\u3002\uff01\uff1f\uff61]){NOT_ABBREVIATED}{CLOSERS}[ ]{NOT_LOWER}"
-    r"|(?<=[\u3002\uff01\uff1f\uff61])[\u3002\uff01\uff1f\uff61]*[\u300d\u300f\u201d\u2019\uff09\"')]* ?(?=\S))"
+WIDE = r"[\u3002\uff01\uff1f\uff61]"  # Chinese and Japanese stops, which need no space after them
+# A stop (also an ellipsis, Arabic, Urdu or Devanagari) or the end of a line. All alternatives come after one set of
+# characters, which the regex engine looks for fastest.
+BOUNDARY = re.compile(
+    r"[.!?\n\u2026\u061f\u06d4\u0964\u0965\u3002\uff01\uff1f\uff61]"
+    rf"(?:(?<=\n)|(?<!{WIDE}){NOT_ABBREVIATED}{CLOSERS}[ ]{NOT_LOWER}"
+    rf"|(?<={WIDE}){WIDE}*[\u300d\u300f\u201d\u2019\uff09\"')]* ?(?=\S))"
 )
 
 
@@ -30,13 +30,9 @@ def split_sentences(text: str) -> list[str]:
     Joined by single spaces (or nothing, in Chinese) they are the text. A wrong cut costs little in rows of whole
     sentences, so this is a rule with a list of abbreviations and not a model.
     """
-    # Most texts of most languages need the first pattern only, which is the faster one.
-    boundary = BOUNDARY
-    if not text.isascii() and any(stop in text for stop in OTHER_STOPS):
-        boundary = ANY_BOUNDARY
     sentences = []
     start = 0
-    for match in boundary.finditer(text):
+    for match in BOUNDARY.finditer(text):
         end = match.end()
         sentences.append(text[start:end].rstrip())
         start = end

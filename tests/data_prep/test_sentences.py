@@ -21,6 +21,7 @@ from data_prep.sentences import split_sentences
         ("यह एक वाक्य है। यह दूसरा है।", ["यह एक वाक्य है।", "यह दूसरा है।"]),
         ("Это г. Москва. Он тут.", ["Это г. Москва.", "Он тут."]),
         ("ما هذا؟ هذا كتاب.", ["ما هذا؟", "هذا كتاب."]),
+        ("A title\nSt. John went.\n東京。\nJ. Doe", ["A title", "St. John went.", "東京。", "J. Doe"]),
         ("no capital. no cut", ["no capital. no cut"]),
         ("", []),
     ],
@@ -29,7 +30,7 @@ def test_sentences_end_where_a_reader_stops(paragraph, sentences):
     assert split_sentences(paragraph) == sentences
 
 
-@given(st.text(alphabet="ab AB.!?。！\"') \u0964", max_size=60))
+@given(st.text(alphabet="ab AB\n.!?。！\"') \u0964", max_size=60))
 def test_no_character_but_spaces_is_lost(paragraph):
     assert "".join("".join(split_sentences(paragraph)).split()) == "".join(paragraph.split())
 
