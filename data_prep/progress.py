@@ -37,6 +37,7 @@ class Progress:
         self._began = self._shown = clock()
         self._start = start
         self._note = ""
+        self._said: float | None = None  # what was done when the last line was printed
         self._pause = 0.2 if self._terminal else 5.0
 
     def __enter__(self) -> "Progress":
@@ -71,7 +72,7 @@ class Progress:
         return ", ".join(parts)
 
     def _show(self, now: float) -> None:
-        self._shown = now
+        self._shown, self._said = now, self.done
         line = self.line(now)
         if self._terminal:
             if self.total:
@@ -85,7 +86,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None or self._terminal:
+        if self._terminal or (kind is None and self._said != self.done):
             self._show(self._clock())
         if self._terminal:
             self._stream.write("\n")

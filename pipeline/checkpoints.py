@@ -37,7 +37,7 @@ from data_prep.files import (
 )
 from pipeline.parallel import Ranks
 from pipeline.state_files import fill_pieces, read_weights, whole_pieces, write_pieces
-from pipeline.state_pieces import finish_filling, held_pieces, tensor_names, updates_taken
+from pipeline.state_pieces import finish_filling, held_pieces, updates_taken, whole_shapes
 
 RECORD = "checkpoint.json"
 PARTIAL = ".partial"
@@ -198,7 +198,7 @@ def load(
         )
     position = Position(**record["position"])
     files = sorted(path / name for name in record["files"] if name.endswith(".safetensors"))
-    fill_pieces(files, held_pieces(engine), tensor_names(engine))
+    fill_pieces(files, held_pieces(engine), set(whole_shapes(engine)))
     finish_filling(engine, record["updates"])
     mend = "restore the file from a copy"
     states = [read_json(path / f"rank-{rank:05d}.json", mend) for rank in range(saved.world_size)]

@@ -78,6 +78,11 @@ class StudentConfig:
     """Attention experts per layer (query, key, value and output maps); 1 is plain attention. Only minimoe reads it."""
     router_jitter: float = 0.0
     """Uniform noise of plus or minus this size on the router logits in training."""
+    selection_bias_rate: float = 0.0
+    """Step of the bias that evens out the experts' loads without a loss (arXiv 2408.15664, which takes 0.001); 0: none.
+
+    It is moved once per optimizer step, by the load of the global batch. Only minimoe reads it.
+    """
     dropout: float = 0.0
     """Dropout on hidden states and attention in training."""
     init_from: str | None = None
@@ -101,6 +106,13 @@ class StudentConfig:
             _require(getattr(self, name) >= 1, f"student.{name}", getattr(self, name), "be at least 1")
         _require(0 <= self.dropout < 1, "student.dropout", self.dropout, "be 0 or more and less than 1")
         _require(0 <= self.router_jitter < float("inf"), "student.router_jitter", self.router_jitter, "be 0 or more")
+        rate = self.selection_bias_rate
+        _require(0 <= rate < 1, "student.selection_bias_rate", rate, "be 0 or more and less than 1")
+        if rate and self.architecture != "minimoe":
+            raise ConfigError(
+                f"student.selection_bias_rate ({rate}): a {self.architecture} student's export has no selection bias "
+                "(Mixtral and Qwen3-MoE neither) and would route otherwise - set it to 0 and use loss.balance"
+            )
         _require(0 <= self.shared_fraction <= 1, "student.shared_fraction", self.shared_fraction, "lie between 0 and 1")
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
@@ -247,8 +259,11 @@ class EngineConfig:
     """A step or collective that takes longer ends the run, naming the rank that did not arrive."""
     max_skipped_steps: int = 3
     """Updates in a row that may be skipped for a non-finite gradient before the run stops."""
-    stop_on_collapse: bool = False
-    """Stop, instead of warn, when a router sends nearly everything to few of its experts."""
+    on_collapse: Literal["warn", "reseed", "stop"] = "warn"
+    """When a router sends nearly everything to few of its experts, five logs in a row.
+
+    `reseed` makes its dead experts noisy copies of the busiest one; log.every_steps then decides when.
+    """
 
     def __post_init__(self) -> None:
         _require(0 < self.timeout_minutes < 1e6, "engine.timeout_minutes", self.timeout_minutes, "be more than 0")
@@ -325,13 +340,14 @@ class RunConfig:
 
 # Keys that may change between the runs of one output folder: they say how the work is cut and watched, not what is
 # computed (the order of sums and the draws of dropout and jitter change with the cut).
-SAFE_TO_CHANGE = (
+SAFE_TO_CHANGE: tuple[str, ...] = (
     "log.",
     "checkpoint.",
     "engine.timeout_minutes",
     "engine.ds_config",
     "engine.expert_parallel_size",
     "engine.activation_checkpointing",
+    "engine.on_collapse",
     "batch.micro_size",
     "out",
 )
@@ -583,10 +599,13 @@ def changed_keys(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Dotted keys whose value differs and that decide numbers: `key (old -> new)`, safe keys left out."""
     # A field that an older version did not know had what is now its default.
     flat_before, flat_after = _flatten(asdict(RunConfig())) | _flatten(before), _flatten(after)
+    safe = SAFE_TO_CHANGE
+    if flat_after["engine.on_collapse"] == "reseed":
+        safe = tuple(key for key in safe if key != "log.")  # how often it looks decides what it computes
     return [
         f"{key} ({flat_before.get(key)} -> {flat_after.get(key)})"
         for key in sorted(flat_before.keys() | flat_after.keys())
-        if flat_before.get(key) != flat_after.get(key) and not key.startswith(SAFE_TO_CHANGE)
+        if flat_before.get(key) != flat_after.get(key) and not key.startswith(safe)
     ]
 
 

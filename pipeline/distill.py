@@ -187,6 +187,7 @@ def distill(config: RunConfig, checked: Checked) -> int:
         start_engine,
         take_step,
     )
+    from pipeline.reseeding import reseed
     from pipeline.signals import Signals
     from pipeline.tracking import JsonLines, Tracker
     from pipeline.watching import Alarms, HangWatch
@@ -220,10 +221,11 @@ def distill(config: RunConfig, checked: Checked) -> int:
     found = ranks.gather(_newest_valid(out / "checkpoints") if ranks.rank == 0 else None)[0]
     if isinstance(found, CapgapError):
         raise found
-    position, window = checkpoints.Position(), Window()
+    position, window, alarms = checkpoints.Position(), Window(), Alarms()
     if found is not None:
         position, states = checkpoints.load(Path(found[0]), found[1], engine, ranks, topology, seed=config.seed)
         window = Window.resumed([state["window"] for state in states], ranks)
+        alarms = Alarms(states[0].get("alarms"))
         say(ranks.rank, f"resumed from {found[0]}: step {position.step} of {checked.num_steps}")
     else:
         say(
@@ -243,14 +245,14 @@ def distill(config: RunConfig, checked: Checked) -> int:
             ranks,
             position=position,
             topology=topology,
-            rank_state={"window": window.to_json()},
+            rank_state={"window": window.to_json(), "alarms": alarms.to_json()},
             fingerprints={"data": checked.shards.manifest.fingerprint},
         )
         if ranks.rank == 0:
             checkpoints.keep_last(newest, config.checkpoint.keep_last)
 
     progress = Progress("distil", checked.num_steps, unit="steps", start=position.step) if ranks.rank == 0 else None
-    saved_step, skipped_in_a_row, alarms, started = position.step, 0, Alarms(), time.monotonic()
+    saved_step, skipped_in_a_row, started = position.step, 0, time.monotonic()
     hang_watch = HangWatch(
         ranks.store,
         rank=ranks.rank,
@@ -302,6 +304,10 @@ def distill(config: RunConfig, checked: Checked) -> int:
             window.add(step_sums.losses, step_sums.routers)
             window.tokens += num_tokens
             skipped_in_a_row = 0
+            if config.student.selection_bias_rate:
+                student.move_selection_biases(
+                    _global_loads(step_sums.routers, ranks), config.student.selection_bias_rate
+                )
         else:
             skipped_in_a_row += 1
             window.skipped += 1
@@ -327,13 +333,22 @@ def distill(config: RunConfig, checked: Checked) -> int:
                 progress.advance(window.steps, note=f"loss {values.get('train/loss', float('nan')):.4f}")
             for notice in alarms.notices(position.step, values):
                 say(ranks.rank, f"notice: {notice}")
-            if alarms.collapsed and config.engine.stop_on_collapse:
+            window, started = Window(), time.monotonic()
+            if alarms.collapsed and config.engine.on_collapse == "stop":
                 save()
                 raise NumericsError(
                     f"training: {', '.join(alarms.collapsed)} collapsed at step {position.step} - "
-                    "raise loss.balance or student.router_jitter, or set engine.stop_on_collapse to false"
+                    "raise loss.balance or student.router_jitter, or set engine.on_collapse to warn or reseed"
                 )
-            window, started = Window(), time.monotonic()
+            if config.engine.on_collapse == "reseed":
+                for number, router in enumerate(alarms.collapsed):
+                    seed = (config.seed * 1_000_003 + position.step) * 1_009 + number
+                    dead = reseed(
+                        engine, ranks, router=router.removeprefix("router/"), load=values[f"{router}/load"], seed=seed
+                    )
+                    alarms.calm(router)
+                    say(ranks.rank, f"notice: step {position.step}: {router}: experts {dead} begin again as copies of "
+                                    "its busiest one")  # fmt: skip
         if position.step % config.checkpoint.every_steps == 0 or position.step == checked.num_steps:
             save()
             saved_step = position.step
@@ -373,7 +388,7 @@ def with_load_shares(signals: "Signals", counted: dict[str, "Tensor"] | None, ra
     """Fills in each router's load over the global batch, which the balance loss reads."""
     if not signals.routers:
         return signals
-    loads = counted or _sum_loads({name: router.tokens_per_expert_E for name, router in signals.routers.items()}, ranks)
+    loads = counted or _global_loads(signals.routers, ranks)
     return replace(
         signals,
         routers={
@@ -399,6 +414,10 @@ def count_loads(engine: Any, micro_batches: list["Batch"], ranks: "Ranks") -> di
             for name, router in engine(batch).routers.items():
                 loads[name] = loads.get(name, 0) + router.tokens_per_expert_E
     return _sum_loads(loads, ranks)
+
+
+def _global_loads(routers: dict[str, "RouterSignals"], ranks: "Ranks") -> dict[str, "Tensor"]:
+    return _sum_loads({name: router.tokens_per_expert_E for name, router in routers.items()}, ranks)
 
 
 def _sum_loads(loads: dict[str, "Tensor"], ranks: "Ranks") -> dict[str, "Tensor"]:

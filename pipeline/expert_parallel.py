@@ -100,10 +100,11 @@ class ExpertParallelFeedForward(SpreadExperts):
 
     router_jitter: float
     gate: nn.Linear
+    selection_bias: Tensor | None
 
     def forward(self, hidden_BTD: Tensor, valid_BT: Tensor) -> tuple[Tensor, RouterSignals]:  # type: ignore[override]
         hidden_ND = hidden_BTD.flatten(0, 1)
-        routing, signals = routed(self.gate, hidden_ND, valid_BT.flatten(), self.router_jitter)
+        routing, signals = routed(self.gate, self.selection_bias, hidden_ND, valid_BT.flatten(), self.router_jitter)
         return self.run_experts(hidden_ND, routing).view(hidden_BTD.shape), signals
 
 
@@ -121,14 +122,20 @@ class ExpertParallelBlock(SpreadExperts):
 GATED_TENSORS = ("gate_up_proj", "down_proj", "no_third_tensor")
 
 
-def prepare_layers(student: nn.Module) -> dict[str, nn.Module]:
-    """Makes a decoder's layers readable for AutoEP, before `deepspeed.initialize`; returns their gates by name.
+def prepare_layers(student: nn.Module) -> dict[str, Any]:
+    """Makes a decoder's layers readable for AutoEP, before `deepspeed.initialize`.
+
+    Returns, by the layer's name, what AutoEP would lose: a decoder's gate, a MiniMoE layer's selection bias.
 
     Raises ConfigError for experts other than SwiGLU in two tensors (Mixtral, Qwen3-MoE).
     """
-    gates: dict[str, nn.Module] = {}
     if isinstance(student, MiniMoEStudent):
-        return gates
+        return {
+            name: layer.selection_bias
+            for name, layer in student.named_modules()
+            if isinstance(layer, RoutedFeedForward)
+        }
+    gates: dict[str, Any] = {}
     for name, block in student.named_modules():
         if is_mixture(block):
             experts = block.experts
@@ -153,25 +160,25 @@ def _turned_into(original: nn.Module, gate: nn.Module) -> nn.Module:
     return gate
 
 
-def use_our_layers(student: nn.Module, gates: dict[str, nn.Module], router_jitter: float) -> None:
+def use_our_layers(student: nn.Module, kept: dict[str, Any], router_jitter: float) -> None:
     """Turns every AutoEP layer into ours after `deepspeed.initialize`, under the parameter names of the plain one."""
     for name, layer in student.named_modules():
         if isinstance(layer, AutoEPMoELayer):
             experts = layer.experts
-            if name in gates:
-                layer.__class__ = ExpertParallelBlock
-                layer.gate = _turned_into(gates[name], layer.router.gate)
-                experts.__class__ = LocalGatedExperts
-                experts.gate_up_proj, experts.down_proj = experts.w1, experts.w2
-                del experts.w1, experts.w2, experts.w3
-            else:
+            if isinstance(student, MiniMoEStudent):
                 layer.__class__ = ExpertParallelFeedForward
                 layer.router_jitter = router_jitter
                 layer.gate = layer.router.gate
+                layer.register_buffer("selection_bias", kept[name])
                 experts.__class__ = LocalExperts
+            else:
+                layer.__class__ = ExpertParallelBlock
+                layer.gate = _turned_into(kept[name], layer.router.gate)
+                experts.__class__ = LocalGatedExperts
+                experts.gate_up_proj, experts.down_proj = experts.w1, experts.w2
+                del experts.w1, experts.w2, experts.w3
             del layer.router
-        is_missed = isinstance(layer, RoutedFeedForward) or (name in gates and not isinstance(layer, SpreadExperts))
-        assert not is_missed, f"AutoEP has missed {name}"
+        assert name not in kept or isinstance(layer, SpreadExperts), f"AutoEP has missed {name}"
 
 
 class _AllToAll(torch.autograd.Function):

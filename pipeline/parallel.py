@@ -130,20 +130,21 @@ def start_engine(student: nn.Module, config: RunConfig, ranks: Ranks) -> Any:
     """A DeepSpeed engine around the student, with its optimizer."""
     import deepspeed
 
+    student.to(ranks.device)
     spread = config.engine.expert_parallel_size > 1
     if spread:
         from pipeline.expert_parallel import prepare_layers, use_our_layers
 
-        gates = prepare_layers(student)
+        kept = prepare_layers(student)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         engine, *_ = deepspeed.initialize(
-            model=student.to(ranks.device),
+            model=student,
             model_parameters=parameter_groups(student, config.optimizer.weight_decay),
             config=engine_settings(config, ranks.world_size),
         )
     if spread:
-        use_our_layers(student, gates, config.student.router_jitter)
+        use_our_layers(student, kept, config.student.router_jitter)
         if engine.zero_optimization_stage() == 0:
             # DeepSpeed's own (issue 8475) clips on each rank by the norm of the experts of that rank.
             engine.clip_fp32_gradients = partial(_clip_replicated_gradients, engine)

@@ -63,10 +63,10 @@ def held_pieces(engine: Any) -> list[Piece]:
     return pieces
 
 
-def tensor_names(engine: Any) -> set[str]:
-    """The names of all pieces, whether or not this rank holds a part of them."""
-    names = {name for name, _ in engine.module.named_parameters()}
-    return names | {name for name, _ in _persistent_buffers(engine.module)}
+def whole_shapes(engine: Any) -> dict[str, tuple[int, ...]]:
+    """The names and whole shapes of all pieces, whether or not this rank holds a part of them."""
+    shapes = {name: _place_among_experts(parameter)[1] for name, parameter in engine.module.named_parameters()}
+    return shapes | {name: tuple(buffer.shape) for name, buffer in _persistent_buffers(engine.module)}
 
 
 def updates_taken(engine: Any) -> int:

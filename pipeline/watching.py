@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 COLLAPSED_BELOW = 0.5  # effective experts / experts
+DEAD_BELOW = 0.1  # of an even share of the tokens
 COLLAPSED_LOGS = 5  # logged windows in a row
 SPIKE_FACTOR = 2.0  # of the median of the last logged losses
 SPIKE_HISTORY = 20
@@ -28,7 +29,7 @@ def router_health(load: list[float]) -> dict[str, float]:
     entropy = -sum(share * math.log(share) for share in load if share > 0)
     return {
         "max_violation": max(load) / even - 1,
-        "dead_share": sum(share < 0.1 * even for share in load) / len(load),
+        "dead_share": sum(share < DEAD_BELOW * even for share in load) / len(load),
         "effective_share": math.exp(entropy) / len(load),
     }
 
@@ -36,9 +37,14 @@ def router_health(load: list[float]) -> dict[str, float]:
 class Alarms:
     """Turns logged values into notices; it remembers just enough to be neither late nor nervous."""
 
-    def __init__(self) -> None:
-        self._collapsed: dict[str, int] = {}
-        self._losses: deque[float] = deque(maxlen=SPIKE_HISTORY)
+    def __init__(self, state: dict[str, Any] | None = None) -> None:
+        """From the state that a checkpoint has kept: a resumed run is alarmed when the unbroken one would have been."""
+        state = state or {"collapsed": {}, "losses": []}
+        self._collapsed: dict[str, int] = state["collapsed"]
+        self._losses: deque[float] = deque(state["losses"], maxlen=SPIKE_HISTORY)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"collapsed": dict(self._collapsed), "losses": list(self._losses)}
 
     def notices(self, step: int, values: dict[str, Any]) -> list[str]:
         """One line per thing worth a look in the values of a logged step."""
@@ -64,6 +70,10 @@ class Alarms:
     def collapsed(self) -> list[str]:
         """Routers that are in alarm now."""
         return [router for router, count in self._collapsed.items() if count >= COLLAPSED_LOGS]
+
+    def calm(self, router: str) -> None:
+        """Starts to count again: something was done about this router."""
+        self._collapsed[router] = 0
 
 
 class HangWatch:

@@ -101,7 +101,7 @@ data: {{shards: {shards}}}
 teacher: {{model: {teacher}}}
 student:
   {{architecture: minimoe, num_hidden_layers: 2, hidden_size: 32, num_attention_heads: 4, intermediate_size: 64,
-   num_experts: 4, router_jitter: 0.1, dropout: 0.1}}
+   num_experts: 4, router_jitter: 0.1, dropout: 0.1, selection_bias_rate: 0.02}}
 loss: {{num_relation_heads: 4}}
 batch: {{global_size: 16, micro_size: 4}}
 optimizer: {{learning_rate: 1e-3}}

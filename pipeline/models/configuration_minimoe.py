@@ -4,7 +4,10 @@ from transformers import PretrainedConfig
 
 
 class MiniMoEConfig(PretrainedConfig):
-    """Sizes of a MiniMoE encoder (arXiv 2305.12129). The names are BERT's; two fields count the experts."""
+    """Sizes of a MiniMoE encoder (arXiv 2305.12129). The names are BERT's; two fields count the experts.
+
+    With `selection_bias` every router adds a bias to its scores when it chooses (arXiv 2408.15664).
+    """
 
     model_type = "minimoe"
 
@@ -17,6 +20,7 @@ class MiniMoEConfig(PretrainedConfig):
         intermediate_size=1536,
         num_experts=4,
         num_attention_experts=1,
+        selection_bias=False,
         hidden_dropout_prob=0.1,
         attention_probs_dropout_prob=0.1,
         max_position_embeddings=512,
@@ -34,6 +38,7 @@ class MiniMoEConfig(PretrainedConfig):
         self.intermediate_size = intermediate_size
         self.num_experts = num_experts
         self.num_attention_experts = num_attention_experts
+        self.selection_bias = selection_bias
         self.hidden_dropout_prob = hidden_dropout_prob
         self.attention_probs_dropout_prob = attention_probs_dropout_prob
         self.max_position_embeddings = max_position_embeddings

@@ -49,11 +49,21 @@ def router_logits(gate: nn.Linear, hidden_ND: Tensor) -> Tensor:
         return F.linear(hidden_ND.to(dtype), gate.weight.to(dtype), gate.bias.to(dtype))
 
 
-def choose_expert(gate: nn.Linear, hidden_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Top-1 routing: the expert [N] of each token, its gate [N], and the router logits [N, E]."""
+def choose_expert(gate: nn.Linear, hidden_ND: Tensor, bias_E: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Top-1 routing: the expert [N] of each token, its gate [N], and the router logits [N, E].
+
+    The bias steers the choice and never the gate (arXiv 2408.15664).
+    """
     logits_NE = router_logits(gate, hidden_ND)
-    gate_N, expert_N = logits_NE.softmax(-1).max(-1)
+    scores_NE = logits_NE.softmax(-1)
+    expert_N = (logits_NE if bias_E is None else scores_NE + bias_E.to(scores_NE.dtype)).argmax(-1)
+    gate_N = scores_NE.gather(1, expert_N.unsqueeze(-1)).squeeze(-1)
     return expert_N, gate_N.to(hidden_ND.dtype), logits_NE
+
+
+def selection_bias(config: MiniMoEConfig, num_experts: int) -> Tensor | None:
+    """The bias [E] of a new router, where the config wants one; training moves it."""
+    return torch.zeros(num_experts, dtype=torch.float32) if config.selection_bias else None
 
 
 def expert_linear(input_NI: Tensor, expert_N: Tensor, weight_EOI: Tensor, bias_EO: Tensor) -> Tensor:
@@ -69,6 +79,8 @@ def expert_linear(input_NI: Tensor, expert_N: Tensor, weight_EOI: Tensor, bias_E
 class MiniMoEAttention(nn.Module):
     """Multi-head self-attention; with several attention experts, each token uses one expert's four linear maps."""
 
+    selection_bias: Tensor | None
+
     def __init__(self, config: MiniMoEConfig):
         super().__init__()
         hidden, experts = config.hidden_size, config.num_attention_experts
@@ -82,6 +94,7 @@ class MiniMoEAttention(nn.Module):
             self.output = nn.Linear(hidden, hidden)
         else:
             self.gate = nn.Linear(hidden, experts)
+            self.register_buffer("selection_bias", selection_bias(config, experts))
             self.qkv_weight = nn.Parameter(torch.empty(experts, 3 * hidden, hidden))
             self.qkv_bias = nn.Parameter(torch.zeros(experts, 3 * hidden))
             self.output_weight = nn.Parameter(torch.empty(experts, hidden, hidden))
@@ -89,7 +102,7 @@ class MiniMoEAttention(nn.Module):
 
     def choose(self, hidden_ND: Tensor, valid_N: Tensor):
         """Expert [N], gate [N] and what is reported of the router."""
-        return choose_expert(self.gate, hidden_ND)
+        return choose_expert(self.gate, hidden_ND, self.selection_bias)
 
     def attend(self, query, key, value, valid_BT):
         def heads(states):
@@ -145,14 +158,17 @@ class MiniMoEExperts(nn.Module):
 class MiniMoEFeedForward(nn.Module):
     """A linear gate and the experts; the chosen expert's output is scaled by its gate. Padding gets zeros."""
 
+    selection_bias: Tensor | None
+
     def __init__(self, config: MiniMoEConfig):
         super().__init__()
         self.gate = nn.Linear(config.hidden_size, config.num_experts)
+        self.register_buffer("selection_bias", selection_bias(config, config.num_experts))
         self.experts = MiniMoEExperts(config)
 
     def forward(self, hidden_BTD: Tensor, valid_BT: Tensor):
         hidden_ND, valid_N = hidden_BTD.flatten(0, 1), valid_BT.flatten()
-        expert_N, gate_N, router = choose_expert(self.gate, hidden_ND)
+        expert_N, gate_N, router = choose_expert(self.gate, hidden_ND, self.selection_bias)
         return self.experts(hidden_ND, expert_N, gate_N, valid_N).view(hidden_BTD.shape), router
 
 
@@ -183,6 +199,8 @@ class MiniMoEPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["MiniMoELayer"]
+    # Rounded to bf16 it would send close calls elsewhere.
+    _keep_in_fp32_modules_strict = ["selection_bias"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -45,12 +45,14 @@ class DenseStudent(nn.Module):
         return BertModel(self.backbone.config, add_pooling_layer=False)
 
 
-def routed(gate: nn.Linear, hidden_ND: Tensor, valid_N: Tensor, jitter: float) -> tuple[Routing, RouterSignals]:
+def routed(
+    gate: nn.Linear, bias_E: Tensor | None, hidden_ND: Tensor, valid_N: Tensor, jitter: float
+) -> tuple[Routing, RouterSignals]:
     """Top-1 routing of the valid tokens, with the sums that router losses need."""
     logits_NE = router_logits(gate, hidden_ND)
     if jitter and gate.training:
         logits_NE = logits_NE + torch.empty_like(logits_NE).uniform_(-jitter, jitter)
-    routing = route(logits_NE, top_k=1, valid_N=valid_N)
+    routing = route(logits_NE, top_k=1, selection_bias_E=bias_E, valid_N=valid_N)
     return routing, RouterSignals(
         routing.gate_sum_E, routing.tokens_per_expert_E, routing.z_loss_sum, routing.entropy_sum
     )
@@ -63,7 +65,7 @@ class RoutedAttention(MiniMoEAttention):
 
     def choose(self, hidden_ND: Tensor, valid_N: Tensor):
         assert self.gate is not None
-        routing, signals = routed(self.gate, hidden_ND, valid_N, self.router_jitter)
+        routing, signals = routed(self.gate, self.selection_bias, hidden_ND, valid_N, self.router_jitter)
         return routing.expert_NK[:, 0], routing.gate_NK[:, 0].to(hidden_ND.dtype), signals
 
 
@@ -74,7 +76,7 @@ class RoutedFeedForward(MiniMoEFeedForward):
 
     def forward(self, hidden_BTD: Tensor, valid_BT: Tensor):
         hidden_ND = hidden_BTD.flatten(0, 1)
-        routing, signals = routed(self.gate, hidden_ND, valid_BT.flatten(), self.router_jitter)
+        routing, signals = routed(self.gate, self.selection_bias, hidden_ND, valid_BT.flatten(), self.router_jitter)
         b1_EF, b2_ED = self.experts.biases()
         output_ND = expert_mlp(
             hidden_ND, routing, self.experts.w1, self.experts.w2, b1_EF=b1_EF, b2_ED=b2_ED, activation="gelu"
@@ -136,6 +138,19 @@ class MiniMoEStudent(nn.Module):
             routers=dict(zip(self.router_names, encoded.router_logits, strict=True)),
         )
 
+    @torch.no_grad()
+    def move_selection_biases(self, loads: dict[str, Tensor], rate: float) -> None:
+        """Raises by `rate` the bias of every expert that got less than an even load, and lowers the others' (arXiv
+        2408.15664).
+
+        Args:
+            loads: by router, the tokens [E] that each expert got in the whole optimizer step, on all ranks.
+        """
+        for name, load_E in loads.items():
+            # Counts of any size are exact in float64.
+            missing_E = load_E.double().mean() - load_E
+            self.backbone.get_submodule(name).selection_bias.add_(rate * missing_E.sign())
+
     def served_model(self) -> PreTrainedModel:
         """What users load: the encoder alone, in its plain form, to be filled with the trained weights."""
         config = self.backbone.config
@@ -183,6 +198,7 @@ def build_student(
                 intermediate_size=config.intermediate_size,
                 num_experts=config.num_experts,
                 num_attention_experts=config.num_attention_experts,
+                selection_bias=config.selection_bias_rate > 0,
             )
         )
         fill_minimoe(backbone, dense, config, torch.Generator().manual_seed(seed))

@@ -36,3 +36,14 @@ def test_an_unknown_total_shows_count_and_rate():
 
 def test_durations_read_like_a_clock():
     assert [spoken_duration(s) for s in (42, 187, 8109)] == ["0:42", "3:07", "2:15:09"]
+
+
+def test_a_log_says_the_end_once():
+    now = [0.0]
+    stream = io.StringIO()
+    with Progress("distil", 12, unit="steps", stream=stream, clock=lambda: now[0]) as progress:
+        for _ in range(2):
+            now[0] += 6
+            progress.advance(6)
+    lines = stream.getvalue().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["distil: 6/12 steps 50 %", "distil: 12/12 steps 100 %"]

@@ -29,6 +29,7 @@ def case(
     recompute: bool = False,
     starve: bool = False,
     poison: bool = False,
+    reseed: bool = False,
     resume: str | None = None,
     save: Path | None = None,
     recipe: Path | None = None,
@@ -37,6 +38,7 @@ def case(
     """Three steps of the global batch under a ZeRO config, with `experts` ranks sharing the experts of a layer.
 
     `poison` takes a step before them that must change nothing: one rank's expert has a gradient that is not finite.
+    `reseed` makes experts copies of another one after the first step.
     `resume` goes on from a checkpoint after three steps for two more, `save` writes one after the last step.
     """
     fields = {
@@ -53,6 +55,7 @@ def case(
         "steps": [3, 5] if resume else [0, 3],
         "starve": starve,
         "poison": poison,
+        "reseed": reseed,
         "resume": resume,
         "save": save and str(save),
     }

@@ -22,6 +22,7 @@ from pipeline.optimizer import parameter_groups
 from pipeline.parallel import backward, gradient_norm, join, replicated_gradient_norm, start_engine, take_step
 from pipeline.preflight import check_run
 from pipeline.ranks import place_from_environment
+from pipeline.reseeding import reseed
 from pipeline.state_files import StateFiles
 from pipeline.state_pieces import held_pieces, updates_taken
 
@@ -42,6 +43,11 @@ def with_shares(seen: Any, loads: dict[str, torch.Tensor]) -> Any:
         name: replace(router, load_share_E=loads[name] / loads[name].sum()) for name, router in seen.routers.items()
     }
     return replace(seen, routers=routers)
+
+
+def move_biases(student: Any, loads: dict[str, torch.Tensor], config: RunConfig) -> None:
+    if config.student.selection_bias_rate:
+        student.move_selection_biases(loads, config.student.selection_bias_rate)
 
 
 class BareLoop:
@@ -74,6 +80,7 @@ class BareLoop:
             group["lr"] = RATES[step]
         self.adam.step()
         self.adam.zero_grad()
+        move_biases(self.student, loads, self.config)
         return float(loss.detach()), float(norm)
 
 
@@ -115,6 +122,8 @@ class EngineLoop:
             norm = replicated_gradient_norm(engine)
             self.was_applied = take_step(engine)
             total += float(loss.detach())
+        if self.was_applied:
+            move_biases(self.student, loads, self.config)
         return sum(ranks.gather(total)) / num_tokens, norm or gradient_norm(engine)
 
     def poisoned_step(self, step: int) -> list[bool]:
@@ -129,7 +138,9 @@ class EngineLoop:
 
     def compared_with(self, bare: BareLoop) -> dict[str, float]:
         """The largest difference of any weight and moment on any rank, and the parameters that no rank holds."""
-        parameters = dict(bare.student.named_parameters())
+        stored, buffers = bare.student.state_dict(), dict(bare.student.named_buffers())
+        parameters: dict[str, Any] = dict(bare.student.named_parameters())
+        parameters |= {name: buffer for name, buffer in buffers.items() if name in stored}
         largest = dict.fromkeys(("weight", "exp_avg", "exp_avg_sq"), 0.0)
         covered: dict[str, int] = {}
         for piece in held_pieces(self.engine):
@@ -164,6 +175,27 @@ def starve_an_expert(student: Any) -> None:
         student.backbone.layers[-1].moe.gate.bias[-1] = -100.0
 
 
+COLLAPSED = [0.02, 0.9, 0.06, 0.02]
+
+
+def reseed_bare(bare: BareLoop, router: str) -> None:
+    """What `reseed` must do to an engine, on whole tensors: experts 0 and 3 become copies of expert 1."""
+    generator = torch.Generator().manual_seed(7)
+    tensors = {**dict(bare.student.named_parameters()), **dict(bare.student.named_buffers())}
+    for name in sorted(name for name in tensors if f".{router}." in name):
+        weight = tensors[name].detach()
+        for expert in (0, 3):
+            new = weight[1].clone()
+            if weight.dim() > 1:
+                noise = torch.randn(new.numel(), generator=generator).view(new.shape)
+                new += 0.01 * new.square().mean().sqrt() * noise
+            weight[expert] = new
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if name in dict(bare.student.named_parameters()):
+                    state = bare.adam.state[tensors[name]][moment]
+                    state[expert] = state[1]
+
+
 def run_case(case: dict[str, Any], recipe: str, ranks: Any) -> dict[str, Any]:
     config = load_run_config(case["recipe"] or recipe, [*STILL, *case["flags"]])
     checked = check_run(config, ranks.world_size)
@@ -188,6 +220,10 @@ def run_case(case: dict[str, Any], recipe: str, ranks: Any) -> dict[str, Any]:
         (wanted, wanted_norm), (loss, norm) = bare.step(step), loop.step(step)
         result["loss"].append(abs(loss - wanted))
         result["norm"].append(abs(norm - wanted_norm))
+        if case["reseed"] and step == first:
+            router = loop.student.router_names[0]
+            assert reseed(loop.engine, ranks, router=router, load=COLLAPSED, seed=7) == [0, 3]
+            reseed_bare(bare, router)
         result.setdefault("losses", []).append(loss)
         result.setdefault("norms", []).append(norm)
     result |= loop.compared_with(bare)

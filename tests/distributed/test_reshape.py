@@ -68,6 +68,7 @@ def one_rank(engine_recipe, decoder_recipe, two_ranks, four_ranks):
             recipe=decoder_recipe,
             flags=("--optimizer.epsilon", "1e-5"),
             resume=two_ranks["a decoder at ZeRO 3"]["saved"],
+            reseed=True,
         ),
     }
     return run_cases(engine_recipe, cases, ranks=1, folder=engine_recipe.parent / "one")

@@ -337,7 +337,7 @@ def leaves(tree: dict, prefix: str = "") -> dict[str, object]:
 
 def test_every_key_that_differs_from_the_earlier_run_is_listed_unless_no_number_depends_on_it():
     before = asdict(RunConfig())
-    how_it_is_watched = "out engine.timeout_minutes log.every_steps checkpoint.every_steps checkpoint.keep_last"
+    how_it_is_watched = "out engine.timeout_minutes engine.on_collapse log.every_steps checkpoint.every_steps checkpoint.keep_last"
     how_it_is_cut = "engine.ds_config engine.expert_parallel_size engine.activation_checkpointing batch.micro_size"
     may_change = {*how_it_is_watched.split(), *how_it_is_cut.split()}
     for key, value in leaves(before).items():

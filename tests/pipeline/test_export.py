@@ -26,6 +26,7 @@ STUDENTS = {
     "dense": replace(SMALL, architecture="dense"),
     "minimoe": SMALL,
     "minimoe with attention experts": replace(SMALL, num_attention_experts=2),
+    "minimoe with selection biases": replace(SMALL, num_attention_experts=2, selection_bias_rate=0.001),
 }
 
 # Runs where the three packages cannot be imported, although the editable installation offers them.
@@ -65,7 +66,7 @@ for folder in sorted(path for path in work.iterdir() if path.is_dir() and (path 
     assert tokenizer("word1 word2").input_ids == [2, 6, 7, 3]
     for name, kind in (("sequence", AutoModelForSequenceClassification), ("token", AutoModelForTokenClassification)):
         tuned = kind.from_pretrained(folder, num_labels=3, **trust).train()
-        encoder = dict(getattr(tuned, tuned.base_model_prefix).named_parameters())
+        encoder = getattr(tuned, tuned.base_model_prefix).state_dict()
         for key, weight in load_file(folder / "model.safetensors").items():
             assert weight.equal(encoder[key]), key
         rows, length = inputs["input_ids"].shape
@@ -120,6 +121,9 @@ def exported(tmp_path_factory) -> dict[str, Exported]:
         with torch.no_grad():
             for parameter in student.parameters():
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+            for key, buffer in student.named_buffers():
+                if key.endswith("selection_bias"):
+                    buffer.add_(torch.randn(buffer.shape, generator=generator))
         students[name] = student.eval()
         served = student.served_model()
         facts = {
@@ -150,7 +154,7 @@ def exported(tmp_path_factory) -> dict[str, Exported]:
     return {name: Exported(work / name, students[name], found[name], tokenizer) for name in students}
 
 
-@pytest.mark.parametrize("name", ["minimoe", "minimoe with attention experts"])
+@pytest.mark.parametrize("name", [name for name in STUDENTS if name != "dense"])
 def test_the_fresh_process_gets_the_students_hidden_states(exported, name):
     ours = exported[name].student(inputs()).hidden_states_BTD
     valid = inputs().valid_BT
@@ -180,7 +184,10 @@ def test_the_weights_are_float32_safetensors_without_the_relation_head(exported,
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     state = exported[name].student.backbone.state_dict()
     assert all(weights[key].equal(state[key]) for key in weights)
-    assert sum(tensor.numel() for tensor in weights.values()) == num_parameters(exported[name].student.served_model())
+    served = exported[name].student.served_model()
+    trained = [weights[key] for key, _ in served.named_parameters()]
+    assert sum(tensor.numel() for tensor in trained) == num_parameters(served)
+    assert weights.keys() == served.state_dict().keys()
     assert not [file for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pkl")]
 
 
@@ -194,7 +201,8 @@ def test_the_tokenizer_is_there_file_by_file_and_means_the_same_ids(exported, na
 @pytest.mark.parametrize("name", STUDENTS)
 def test_the_model_card_tells_the_truth(exported, name):
     folder, card = exported[name].folder, (exported[name].folder / "README.md").read_text(encoding="utf-8")
-    parameters = sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
+    weights = load_file(folder / "model.safetensors")
+    parameters = sum(tensor.numel() for key, tensor in weights.items() if "selection_bias" not in key)
     assert f"{parameters:,} parameters" in card
     assert "`some/teacher`" in card and "123,456 training tokens" in card
     is_minimoe = name != "dense"

@@ -18,6 +18,7 @@ from pipeline.models.sizes import linear_macs, num_parameters
 from pipeline.models.students import DenseStudent, MiniMoEStudent, RoutedAttention, RoutedFeedForward, build_student
 from pipeline.models.teachers import load_teacher
 from pipeline.signals import Batch
+from pipeline.watching import router_health
 from tiny_runs import write_teacher
 
 # B rows, T tokens of a row, D hidden width, N = B*T tokens, E experts, F width of an expert
@@ -275,6 +276,74 @@ def test_activation_checkpointing_keeps_the_dense_students_gradients():
     for student in (plain, saving):
         sum(part.pow(2).sum() for part in student(rows()).relations).backward()
     assert_gradients_equal(saving, plain, atol=0, rtol=0)
+
+
+# Selection bias
+
+
+def set_biases(student: Any, *values: float) -> None:
+    for name, buffer in student.named_buffers():
+        if name.endswith("selection_bias"):
+            buffer.copy_(torch.tensor(values))
+
+
+@pytest.mark.parametrize("attention_experts", [1, 3])
+def test_the_served_model_chooses_by_the_selection_bias_too(attention_experts):
+    student = small_student(num_attention_experts=attention_experts, selection_bias_rate=0.01).eval()
+    free = student(rows()).hidden_states_BTD
+    set_biases(student, 0.0, 0.4, -0.2)
+    batch = rows()
+    signals = student(batch)
+    assert not signals.hidden_states_BTD.allclose(free)
+    served = student.served_model().eval()
+    served.load_state_dict(student.backbone.state_dict())
+    theirs = served(batch.input_ids, batch.valid_BT, batch.token_type_ids).last_hidden_state
+    torch.testing.assert_close(theirs[batch.valid_BT], signals.hidden_states_BTD[batch.valid_BT], atol=1e-5, rtol=0)
+
+
+def test_a_selection_bias_steers_the_choice_and_not_the_gate():
+    student = small_student(selection_bias_rate=0.01)
+    set_biases(student, 0.0, 2.0, 0.0)
+    routers = student(rows()).routers
+    assert all(router.tokens_per_expert_E.tolist() == [0, 30, 0] for router in routers.values())
+    layer = student.backbone.layers[0].moe
+    hidden_ND = torch.randn(7, 16, generator=torch.Generator().manual_seed(0))
+    _, gate_N, logits_NE = choose_expert(layer.gate, hidden_ND, layer.selection_bias)
+    assert gate_N.equal(logits_NE.softmax(-1)[:, 1])
+
+
+def test_a_selection_bias_moves_by_its_rate_towards_an_even_load():
+    student = small_student(selection_bias_rate=0.25)
+    loads = {name: torch.tensor([10, 4, 7]) for name in student.router_names}
+    student.move_selection_biases(loads, 0.25)
+    student.move_selection_biases(loads, 0.25)
+    for name, buffer in student.named_buffers():
+        if name.endswith("selection_bias"):
+            assert buffer.tolist() == [-0.5, 0.5, 0.0] and buffer.dtype == torch.float32
+
+
+def test_selection_biases_even_out_a_skewed_router_within_a_few_dozen_steps():
+    """Nothing else is trained here. The padding of the rows goes to no expert and moves nothing."""
+    student = small_student(selection_bias_rate=0.02)
+    with torch.no_grad():
+        for layer in student.backbone.layers:
+            layer.moe.gate.bias.copy_(torch.tensor([4.0, 0.0, 0.0]))
+    violations = []
+    for step in range(60):
+        batch = rows((24,) * 16 + (7,) * 16, width=24, seed=step)
+        loads = {name: router.tokens_per_expert_E for name, router in student(batch).routers.items()}
+        assert all(int(load_E.sum()) == 16 * 24 + 16 * 7 for load_E in loads.values())
+        student.move_selection_biases(loads, 0.02)
+        violations.append(max(router_health((load / load.sum()).tolist())["max_violation"] for load in loads.values()))
+    assert violations[0] > 1
+    assert sum(violations[-10:]) / 10 < 0.25 * violations[0], violations
+
+
+def test_a_selection_bias_where_an_export_could_not_carry_it_is_refused_with_the_mend():
+    for architecture in ("dense", "decoder"):
+        with pytest.raises(ConfigError, match=r"student.selection_bias_rate \(0.001\).*use loss.balance") as caught:
+            StudentConfig(architecture=architecture, selection_bias_rate=0.001)
+        assert "\n" not in str(caught.value)
 
 
 def test_fp32_follows_float64():
