@@ -63,6 +63,18 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def stored_hash(path: Path) -> str:
+    """The xxh3_128 of what the disk holds: what the system has kept of a synced file in memory is dropped first."""
+    _announce("read", path)
+    if hasattr(os, "posix_fadvise"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+    return file_hash(path)
+
+
 class HashingWriter:
     """A binary file for writing that counts and hashes what goes through it; pyarrow can write into it."""
 
@@ -112,6 +124,14 @@ def write_bytes(path: Path, data: bytes | memoryview) -> str:
     """Replaces the file `path` by `data` and returns the content's hash."""
     with replacing_file(path) as writer:
         writer.write(data)
+    return writer.hexdigest()
+
+
+def copy_file(source: Path, target: Path) -> str:
+    """Replaces `target` by a copy of `source` and returns the hash of what was copied."""
+    with open(source, "rb") as file, replacing_file(target) as writer:
+        while piece := file.read(8 << 20):
+            writer.write(piece)
     return writer.hexdigest()
 
 

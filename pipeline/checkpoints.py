@@ -32,6 +32,7 @@ from data_prep.files import (
     rename,
     replacing_folder,
     require_free_space,
+    stored_hash,
     write_bytes,
     write_json,
 )
@@ -78,7 +79,11 @@ def save(
     rank_state: dict[str, Any],
     fingerprints: dict[str, str],
 ) -> Path:
-    """Writes the checkpoint of `position`; all ranks call it together. Returns the complete folder."""
+    """Writes the checkpoint of `position` and reads it back from disk; all ranks call it together.
+
+    Returns the complete folder. Raises CheckpointError when a file cannot be written or reads back as something else;
+    what was complete before is kept.
+    """
     final = root / checkpoint_name(position.step)
     partial = final.with_name(final.name + PARTIAL)
     _on_first_rank(ranks, lambda: _make_room(root, partial))
@@ -90,9 +95,10 @@ def save(
             rank: write_json(partial / rank, {"random": _random_state(), **rank_state}),
         }
 
-    hashes: dict[str, str] = {}
-    for part in ranks.gather(_on_every_rank(ranks, write, partial)):
-        hashes |= part
+    written = ranks.gather(_on_every_rank(ranks, write, partial))
+    # Each rank reads back what its neighbour wrote: on another node, if there are several.
+    _on_every_rank(ranks, lambda: _read_back(partial, written[(ranks.rank + 1) % ranks.world_size]), partial)
+    hashes = {name: digest for part in written for name, digest in part.items()}
     record = {
         "format": FORMAT,
         "position": asdict(position),
@@ -112,8 +118,8 @@ def save(
     return final
 
 
-def keep_last(newest: Path, count: int) -> None:
-    """Removes all but the last `count` checkpoints up to `newest`, and unfinished ones before it.
+def keep_last(newest: Path, count: int, *, spare: Path | None = None) -> None:
+    """Removes all but the last `count` checkpoints up to `newest` (`spare` too is kept), and unfinished ones before it.
 
     Those after it are damaged: the run went back behind them. They do not count, and stay for whoever wants to look.
     """
@@ -121,22 +127,24 @@ def keep_last(newest: Path, count: int) -> None:
     complete = sorted(path for path in root.glob("step-*") if (path / RECORD).is_file() and path.suffix != PARTIAL)
     complete = [path for path in complete if path.name <= newest.name]
     for path in complete[:-count]:
-        remove_folder(path)
+        if path != spare:
+            remove_folder(path)
     for path in root.glob(f"step-*{PARTIAL}"):
         if complete and path.name < complete[-1].name:
             remove_folder(path)
 
 
-def newest_valid(root: Path) -> tuple[Path, dict[str, Any]] | None:
+def newest_valid(root: Path, copies: Path | None = None) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint whose files match its record, and the record; None when there is no checkpoint at all.
 
-    Damaged ones are named on stderr and passed over. Raises CheckpointError when there are some and none is whole:
-    starting over without a word would throw the run away.
+    A second place with copies is searched too; of the same step its own folder comes first. Damaged ones are named on
+    stderr and passed over. Raises CheckpointError when there are some and none is whole: starting over without a word
+    would throw the run away.
     """
-    if not root.is_dir():
-        return None
-    found = sorted((p for p in root.glob("step-*") if p.suffix != PARTIAL), reverse=True)
-    for partial in root.glob(f"step-*{PARTIAL}"):
+    folders = [folder for folder in (root, copies) if folder is not None and folder.is_dir()]
+    found = [path for folder in folders for path in folder.glob("step-*") if path.suffix != PARTIAL]
+    found.sort(key=lambda path: (path.name, path.parent == root), reverse=True)
+    for partial in (path for folder in folders for path in folder.glob(f"step-*{PARTIAL}")):
         print(f"checkpoint {partial.name}: was never completed, ignored", file=sys.stderr)
     for path in found:
         try:
@@ -249,6 +257,14 @@ def _record_hash(record: dict[str, Any]) -> str:
     """Hash of the record itself: a flipped bit in its step would resume at the wrong place."""
     content = {name: value for name, value in record.items() if name != "hash"}
     return content_hash(json.dumps(content, sort_keys=True).encode())
+
+
+def _read_back(folder: Path, written: dict[str, str]) -> None:
+    for name, expected in written.items():
+        if (actual := stored_hash(folder / name)) != expected:
+            raise DataError(
+                f"{name} reads back with hash {actual}, written was {expected}: the disk is not to be trusted"
+            )
 
 
 def _make_room(root: Path, partial: Path) -> None:

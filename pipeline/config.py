@@ -277,7 +277,9 @@ class CheckpointConfig:
     every_steps: int = 500
     """Steps between checkpoints; the last step always has one."""
     keep_last: int = 3
-    """Complete checkpoints that are kept; older ones go only after a newer one is complete."""
+    """Complete checkpoints that are kept; older ones go only after a newer one was read back from disk."""
+    copy_to: str | None = None
+    """A second folder, of this run alone, to which checkpoints are copied meanwhile; a resume looks there too."""
 
     def __post_init__(self) -> None:
         _require(self.every_steps >= 1, "checkpoint.every_steps", self.every_steps, "be at least 1")

@@ -177,6 +177,7 @@ def distill(config: RunConfig, checked: Checked) -> int:
 
     from pipeline import checkpoints
     from pipeline.batches import BatchPlan, to_device
+    from pipeline.checkpoint_copies import Copies
     from pipeline.losses import active_losses, compute_losses, needs_teacher
     from pipeline.optimizer import learning_rate
     from pipeline.parallel import (
@@ -218,7 +219,7 @@ def distill(config: RunConfig, checked: Checked) -> int:
     plan = BatchPlan(checked.shards, config.batch, config.data.order_seed, ranks.rank, ranks.world_size, checked.cache)
 
     # Resume: the newest checkpoint that is whole decides the position, and the position decides the data.
-    found = ranks.gather(_newest_valid(out / "checkpoints") if ranks.rank == 0 else None)[0]
+    found = ranks.gather(_newest_valid(config) if ranks.rank == 0 else None)[0]
     if isinstance(found, CapgapError):
         raise found
     position, window, alarms = checkpoints.Position(), Window(), Alarms()
@@ -231,11 +232,15 @@ def distill(config: RunConfig, checked: Checked) -> int:
         say(
             ranks.rank, f"starting {config.out}: {checked.num_steps} steps on {ranks.world_size} ranks ({ranks.device})"
         )
-    tracker = ledger = None
+    tracker = ledger = copies = None
     if ranks.rank == 0:
         write_json(out / "run.json", record)
         tracker = Tracker(out, resume_step=position.step)
         ledger = JsonLines(out / "ledger.jsonl", resume_step=position.step)
+        if config.checkpoint.copy_to is not None:
+            copies = Copies(Path(config.checkpoint.copy_to), config.checkpoint.keep_last)
+            if found is not None and Path(found[0]).parent == out / "checkpoints":
+                copies.add(Path(found[0]))
     ranks.barrier()
 
     def save() -> None:
@@ -248,8 +253,11 @@ def distill(config: RunConfig, checked: Checked) -> int:
             rank_state={"window": window.to_json(), "alarms": alarms.to_json()},
             fingerprints={"data": checked.shards.manifest.fingerprint},
         )
+        if copies is not None:
+            copies.add(newest)
         if ranks.rank == 0:
-            checkpoints.keep_last(newest, config.checkpoint.keep_last)
+            spare = None if copies is None else copies.in_use
+            checkpoints.keep_last(newest, config.checkpoint.keep_last, spare=spare)
 
     progress = Progress("distil", checked.num_steps, unit="steps", start=position.step) if ranks.rank == 0 else None
     saved_step, skipped_in_a_row, started = position.step, 0, time.monotonic()
@@ -359,14 +367,17 @@ def distill(config: RunConfig, checked: Checked) -> int:
         progress.__exit__(None, None, None)
     if ranks.rank == 0:
         export(config, checked, student, position, sizes)
-    ranks.barrier()
+    code = _leave(ranks, 0, stop)
     if ranks.rank == 0:
         assert tracker is not None and ledger is not None
         tracker.close()
         ledger.close()
+        # The other ranks are gone: a slow second place keeps nobody waiting.
+        if copies is not None:
+            copies.finish()
         write_json(out / DONE, {"step": position.step, "tokens": position.tokens})
         print(f"done: {out}/export (logs: {out}/metrics.jsonl, {out}/tensorboard)", flush=True)
-    return _leave(ranks, 0, stop)
+    return code
 
 
 def report_skipped_step(step: int, sums: "Window", data: "StepData", shards: Any, ranks: "Ranks") -> None:
@@ -504,11 +515,12 @@ def export(config: RunConfig, checked: Checked, student: Any, position: "Positio
     write(Path(config.out) / "export", model, state, checked.shards.folder / "tokenizer", facts)
 
 
-def _newest_valid(root: Path) -> Any:
+def _newest_valid(config: RunConfig) -> Any:
     from pipeline.checkpoints import newest_valid
 
+    copies = config.checkpoint.copy_to
     try:
-        found = newest_valid(root)
+        found = newest_valid(Path(config.out) / "checkpoints", None if copies is None else Path(copies))
         return found and (str(found[0]), found[1])
     except CapgapError as error:
         return error

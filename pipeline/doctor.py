@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         *("--config", flags.config, *overrides, "--steps", str(flags.steps), "--epochs", "null"),
         *("--batch.micro_size", "1", "--batch.global_size", str(2 * flags.ranks)),
         *("--checkpoint.every_steps", str(max(1, flags.steps // 4)), "--checkpoint.keep_last", "2"),
+        *("--checkpoint.copy_to", "null"),
         *("--log.every_steps", "1"),
     ]
     try:

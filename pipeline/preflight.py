@@ -61,6 +61,7 @@ def check_run(config: RunConfig, world_size: int) -> Checked:
     num_steps = check(config.num_steps, len(shards)) if shards else None
     check(check_losses, config)
     check(check_trust, config)
+    check(check_copies, config)
     name = config.teacher.model
     teacher_folder = check(find_model_folder, name, revision=config.teacher.revision) if name else None
     teacher_config = check(read_model_config, teacher_folder) if teacher_folder else None
@@ -232,15 +233,26 @@ def check_init_layers(config: RunConfig, init_folder: Path | None) -> None:
 
 def check_same_run(config: RunConfig, shards: ShardSet) -> None:
     """An output folder belongs to one config and one data set: going on with others would mix two runs."""
-    record = Path(config.out) / "run.json"
-    if not record.exists():
+    for key, folder in (("out", config.out), ("checkpoint.copy_to", config.checkpoint.copy_to)):
+        if folder is None or not (record := Path(folder) / "run.json").exists():
+            continue
+        before = read_json(record, f"the run's own record is damaged: restore it, or choose another {key}")
+        differing = changed_keys(before.get("config", {}), asdict(config))
+        if before.get("data_fingerprint") != shards.manifest.fingerprint:
+            differing.append(f"the content of {config.data.shards}")
+        if differing:
+            raise ConfigError(
+                f"{key}: {folder} belongs to a run with another config: {'; '.join(differing)} - "
+                f"set them back, or choose another --{key}"
+            )
+
+
+def check_copies(config: RunConfig) -> None:
+    if config.checkpoint.copy_to is None:
         return
-    before = read_json(record, "the run's own record is damaged: restore it, or choose another out")
-    differing = changed_keys(before.get("config", {}), asdict(config))
-    if before.get("data_fingerprint") != shards.manifest.fingerprint:
-        differing.append(f"the content of {config.data.shards}")
-    if differing:
+    copies, out = Path(config.checkpoint.copy_to).resolve(), Path(config.out).resolve()
+    if copies == out or out in copies.parents or copies in out.parents:
         raise ConfigError(
-            f"out: {config.out} belongs to a run with another config: {'; '.join(differing)} - "
-            "set them back, or choose another --out"
+            f"checkpoint.copy_to ({config.checkpoint.copy_to}) and out ({config.out}) lie in each other - "
+            "name a folder elsewhere, best on another disk"
         )

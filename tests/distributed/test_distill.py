@@ -1,6 +1,7 @@
 """Real runs under the real launcher: two ranks equal one, stop and resume, kill and resume."""
 
 import os
+import shutil
 import signal
 
 import pytest
@@ -89,3 +90,22 @@ def test_bf16_with_activation_checkpointing_follows_fp32_and_exports_the_master_
     weights = exported_weights(run)
     matrix = weights["layers.0.moe.experts.w1"]
     assert not matrix.equal(matrix.bfloat16().float()), "the export holds bf16 weights, not the fp32 master copy"
+
+
+@pytest.mark.fault(9)
+def test_a_run_whose_folder_is_lost_goes_on_from_the_copies(recipe):
+    run, copies = recipe.parent / "run", recipe.parent / "copies"
+    flags = ["--config", str(recipe), "--batch.micro_size", "16", "--checkpoint.copy_to", str(copies)]
+    code, output = distill(*flags)
+    assert code == 0, output
+    numbers, weights = numbers_of(run), exported_weights(run)
+    assert sorted(path.name for path in copies.iterdir())[-1] == "step-00000006"
+
+    shutil.rmtree(run)
+    shutil.rmtree(copies / "step-00000006")
+    code, output = distill(*flags, "--seed", "1")
+    assert code == 2 and "checkpoint.copy_to" in output and "seed (0 -> 1)" in output, output
+    code, output = distill(*flags)
+    assert code == 0 and f"resumed from {copies}/step-00000004: step 4 of 6" in output, output
+    assert numbers_of(run) == numbers[4:]
+    assert all(weight.equal(weights[name]) for name, weight in exported_weights(run).items())

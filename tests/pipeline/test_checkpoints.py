@@ -13,6 +13,7 @@ from torch import nn
 
 from data_prep.errors import CapgapError, CheckpointError
 from data_prep.files import watching_operations
+from pipeline.checkpoint_copies import Copies, copy_checkpoint
 from pipeline.checkpoints import (
     RECORD,
     Position,
@@ -334,3 +335,100 @@ def test_another_precision_or_another_student_is_refused(saved, ranks):
         load(path, verified_record(path), PlainEngine(), ranks, other, seed=0)
     with pytest.raises(CapgapError, match=r"0\.weight has shape"):
         load(path, verified_record(path), PlainEngine(width=7), ranks, TOPOLOGY, seed=0)
+
+
+# A second place
+
+
+@pytest.fixture
+def copies(saved, tmp_path) -> Path:
+    """Where copies go; the run's own record, which goes with them, is there."""
+    (tmp_path / "run.json").write_text("{}", encoding="utf-8")
+    return tmp_path / "elsewhere"
+
+
+@pytest.mark.fault(6)
+def test_a_new_checkpoint_that_reads_back_wrong_removes_no_older_one(saved, ranks):
+    root, weights = saved
+    engine = PlainEngine()
+
+    def lie(operation, path):
+        if operation == "read" and path.suffix == ".safetensors":
+            flip(path, -1)
+
+    wrong = pytest.raises(CheckpointError, match=r"state-00000.safetensors reads back with hash")
+    with wrong as caught, watching_operations(lie):
+        keep_last(write(root, engine, ranks, 6), 1)
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in root.iterdir()) == [checkpoint_name(2), checkpoint_name(4)]
+    check_resume(root, ranks, weights, 4)
+
+
+def test_a_copy_resumes_as_the_original_and_the_newest_of_both_places_is_taken(saved, copies, ranks, capsys):
+    root, weights = saved
+    copy_checkpoint(root / checkpoint_name(4), copies)
+    assert verified_record(copies / checkpoint_name(4)) == verified_record(root / checkpoint_name(4))
+    assert (copies / "run.json").exists()
+    assert newest_valid(root, copies)[0].parent == root
+    (root / checkpoint_name(4) / "rank-00000.json").unlink()
+    assert newest_valid(root, copies)[0].parent == copies
+    assert f"warning: checkpoint {checkpoint_name(4)}" in capsys.readouterr().err
+    shutil.rmtree(root)
+    check_resume(copies, ranks, weights, 4)
+    assert newest_valid(root, copies)[0].parent == copies
+    assert newest_valid(root, copies.parent / "not mounted") is None
+
+
+def test_a_crash_at_any_operation_of_a_copy_leaves_no_damaged_one(saved, copies, ranks):
+    root, weights = saved
+    newest = root / checkpoint_name(4)
+    copy_checkpoint(root / checkpoint_name(2), copies)
+    operations = operations_of(lambda: copy_checkpoint(newest, copies))
+    shutil.rmtree(copies / newest.name)
+    for crash_at in range(len(operations)):
+        countdown = iter(range(crash_at, -1, -1))
+
+        def crash(operation, path, countdown=countdown):
+            if next(countdown) == 0:
+                raise Crash
+
+        with pytest.raises(Crash), watching_operations(crash):
+            copy_checkpoint(newest, copies)
+        check_resume(copies, ranks, weights, 2, 4)
+        copy_checkpoint(newest, copies)
+        check_resume(copies, ranks, weights, 4)
+        shutil.rmtree(copies / newest.name)
+
+
+def test_copies_are_made_meanwhile_and_the_last_ones_are_kept(saved, copies, ranks):
+    root, weights = saved
+    thread = Copies(copies, keep=1)
+    for step in (2, 4):
+        thread.add(root / checkpoint_name(step))
+        thread.finish()
+    assert sorted(path.name for path in copies.iterdir()) == ["run.json", checkpoint_name(4)]
+    assert thread.in_use is None
+    check_resume(copies, ranks, weights, 4)
+
+
+def test_what_cannot_be_copied_is_told_and_the_next_one_is_tried(saved, copies, capsys):
+    root, _ = saved
+    copies.write_text("a file in the way", encoding="utf-8")
+    thread = Copies(copies, keep=1)
+    thread.add(root / checkpoint_name(2))
+    thread.finish()
+    told = capsys.readouterr().err
+    assert f"warning: {checkpoint_name(2)} is not copied to {copies}" in told and told.count("\n") == 1
+    copies.unlink()
+    thread.add(root / checkpoint_name(4))
+    thread.finish()
+    assert verified_record(copies / checkpoint_name(4))
+
+
+def test_a_checkpoint_that_is_being_copied_is_not_removed(saved, ranks):
+    root, _ = saved
+    spare = root / checkpoint_name(2)
+    keep_last(root / checkpoint_name(4), 1, spare=spare)
+    assert spare.exists()
+    keep_last(root / checkpoint_name(4), 1)
+    assert not spare.exists()

@@ -6,7 +6,7 @@ import re
 import resource
 import subprocess
 import sys
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,8 @@ from pipeline.config import (
     DS_CONFIG_KEYS,
     DS_CONFIG_OWNED,
     BatchConfig,
+    EngineConfig,
+    LogConfig,
     RunConfig,
     changed_keys,
     known_keys,
@@ -337,7 +339,10 @@ def leaves(tree: dict, prefix: str = "") -> dict[str, object]:
 
 def test_every_key_that_differs_from_the_earlier_run_is_listed_unless_no_number_depends_on_it():
     before = asdict(RunConfig())
-    how_it_is_watched = "out engine.timeout_minutes engine.on_collapse log.every_steps checkpoint.every_steps checkpoint.keep_last"
+    how_it_is_watched = (
+        "out engine.timeout_minutes engine.on_collapse log.every_steps "
+        "checkpoint.every_steps checkpoint.keep_last checkpoint.copy_to"
+    )
     how_it_is_cut = "engine.ds_config engine.expert_parallel_size engine.activation_checkpointing batch.micro_size"
     may_change = {*how_it_is_watched.split(), *how_it_is_cut.split()}
     for key, value in leaves(before).items():
@@ -350,6 +355,9 @@ def test_every_key_that_differs_from_the_earlier_run_is_listed_unless_no_number_
         expected = [] if key in may_change else [f"{key} ({value} -> {section[name]})"]
         shown = [entry.replace("[", "(").replace("]", ")") for entry in changed_keys(before, after)]
         assert shown == expected
+    reseeding = replace(RunConfig(), engine=EngineConfig(on_collapse="reseed"))
+    rarely = replace(reseeding, log=LogConfig(every_steps=99))
+    assert changed_keys(asdict(reseeding), asdict(rarely)) == ["log.every_steps (10 -> 99)"]
     # JSON knows no tuples.
     assert changed_keys(json.loads(json.dumps(before)), before) == []
 
