@@ -34,11 +34,11 @@ def print_plan(config: RunConfig, checked: Checked, world_size: int) -> None:
 
 
 def build_models(config: RunConfig, checked: Checked) -> tuple[Any, Any]:
-    """The student with its first weights and the frozen teacher, on the CPU."""
+    """The student with its first weights and the frozen teacher, on the CPU; of a decoder teacher only the outline."""
     import torch
     import transformers
 
-    from pipeline.models.decoders import CachedTeacher, NoTeacher, build_decoder, load_causal_teacher
+    from pipeline.models.decoders import CachedTeacher, CausalTeacher, NoTeacher, build_decoder, outline_of_decoder
     from pipeline.models.students import build_student
     from pipeline.models.teachers import load_teacher
 
@@ -59,14 +59,34 @@ def build_models(config: RunConfig, checked: Checked) -> tuple[Any, Any]:
             return decoder, CachedTeacher(checked.cache.manifest)
         if checked.teacher_folder is None:
             return decoder, NoTeacher()
-        return decoder, load_causal_teacher(
+        outline = outline_of_decoder(
             checked.teacher_folder, config.teacher, dtype=dtype, attention=config.engine.attention
         )
+        return decoder, CausalTeacher(outline, micro_size=config.teacher.micro_size)
     student = build_student(
         config.student, teacher_config=checked.teacher_config, init_folder=checked.init_folder, seed=config.seed
     )
     assert checked.teacher_folder is not None
     return student, load_teacher(checked.teacher_folder, config.teacher, dtype=dtype)
+
+
+def place_teacher(config: RunConfig, checked: Checked, teacher: Any, device: Any, *, is_sharded: bool) -> Any:
+    """The teacher with its weights, whole on this rank's device or with its layers sharded over the ranks."""
+    import torch
+
+    from pipeline.models.decoders import CausalTeacher, load_causal_teacher
+    from pipeline.models.sharded_teacher import load_sharded_teacher
+
+    if not isinstance(teacher, CausalTeacher):
+        return teacher.to(device)
+    assert checked.teacher_folder is not None
+    options: dict[str, Any] = {
+        "dtype": torch.bfloat16 if config.engine.precision == "bf16" else torch.float32,
+        "attention": config.engine.attention,
+    }
+    if is_sharded:
+        return load_sharded_teacher(checked.teacher_folder, config.teacher, **options, device=device)
+    return load_causal_teacher(checked.teacher_folder, config.teacher, **options).to(device)
 
 
 def describe(config: RunConfig, checked: Checked, student: Any, teacher: Any) -> dict[str, dict[str, Any]]:

@@ -16,7 +16,7 @@ from data_prep.errors import CapgapError, NumericsError
 from data_prep.files import make_folder, write_json
 from data_prep.locks import folder_lock
 from data_prep.progress import Progress
-from pipeline.building import build_models, describe, print_plan, require_resources
+from pipeline.building import build_models, describe, place_teacher, print_plan, require_resources
 from pipeline.config import RunConfig, load_run_config, print_fields
 from pipeline.failures import explain
 from pipeline.preflight import Checked, check_run
@@ -202,11 +202,10 @@ def distill(config: RunConfig, checked: Checked) -> int:
     student, teacher = build_models(config, checked)
     sizes = describe(config, checked, student, teacher)
     is_sharded = ranks.rank == 0 and require_resources(config, checked, student, teacher, ranks.world_size)
-    if ranks.gather(is_sharded)[0]:
+    is_sharded = ranks.gather(is_sharded)[0]
+    if is_sharded:
         say(ranks.rank, f"teacher: its layers are sharded over {ranks.world_size} ranks")
-        teacher.shard(ranks.device)
-    else:
-        teacher.to(ranks.device)
+    teacher = place_teacher(config, checked, teacher, ranks.device, is_sharded=is_sharded)
     record = {"config": asdict(config), "data_fingerprint": checked.shards.manifest.fingerprint, **sizes}
     torch.manual_seed(config.seed * 1_000_003 + ranks.rank)
     engine = start_engine(student, config, ranks)

@@ -109,27 +109,6 @@ class CausalTeacher(nn.Module):
         said = TeacherHead(hidden_BTD.flatten(0, 1), self.head.weight, self.head.bias)
         return Signals(valid_BT=batch.valid_BT, hidden_states_BTD=hidden_BTD, next_token=said)
 
-    def shard(self, device: torch.device) -> None:
-        """Spreads the layers over all ranks, which gather them one by one in every forward; the head stays whole.
-
-        Every rank must then call the teacher equally often.
-        """
-        import copy
-
-        import deepspeed
-
-        # With tied weights the head is the embedding, which is about to be cut.
-        self.head = copy.deepcopy(self.head).to(device)
-        is_bf16 = self.head.weight.dtype == torch.bfloat16
-        settings = {
-            "train_micro_batch_size_per_gpu": 1,
-            "steps_per_print": 2**31,
-            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 10_000},
-            "bf16": {"enabled": is_bf16},
-        }
-        self.body, *_ = deepspeed.initialize(model=self.body, config=settings)
-        self.body.eval()
-
 
 class NoTeacher(nn.Module):
     """Stands in for a teacher where text alone teaches."""
@@ -163,6 +142,26 @@ class CachedTeacher(nn.Module):
 def _unsigned(part: Tensor) -> Tensor:
     """int64 of integers whose bits are unsigned."""
     return part.long() & (2 ** (8 * part.element_size()) - 1)
+
+
+def outline_of_decoder(
+    folder: Path, config: TeacherConfig, *, dtype: torch.dtype, attention: str = "sdpa"
+) -> PreTrainedModel:
+    """The model of a folder without memory for its weights: what it takes to count them, or to fill them in later."""
+    from accelerate import init_empty_weights
+
+    trusted = config.trust_remote_code
+    # Buffers are computed from the config, so they are there.
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(folder, trust_remote_code=trusted),
+            dtype=dtype,
+            trust_remote_code=trusted,
+            attn_implementation=attention,
+        )
+    model.tie_weights()
+    check_logits(model.config, "teacher.model")
+    return model
 
 
 def load_causal_teacher(
