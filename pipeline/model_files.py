@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from data_prep.errors import ConfigError, DataError
@@ -28,6 +27,7 @@ from data_prep.files import (
 )
 from data_prep.model_folders import check_weights, read_model_config
 from data_prep.progress import Progress
+from pipeline.state_files import write_tensors
 
 RECORD = "conversion.json"
 PARTIAL = ".partial"
@@ -128,8 +128,8 @@ def write_model(
             name = f"model-{number:05d}-of-{count:05d}.safetensors"
             path = partial / name
             if name not in files or not path.is_file() or file_hash(path) != files[name]["hash"]:
-                tensors = {key: tensor.contiguous() for key, tensor in compute().items()}
-                digest = write_bytes(path, save(tensors, metadata={"format": "pt"}))
+                tensors = compute()
+                digest = write_tensors(path, tensors, {"format": "pt"})
                 sizes = {key: tensor.numel() * tensor.element_size() for key, tensor in tensors.items()}
                 files[name] = {"hash": digest, "sizes": sizes}
                 write_json(begun, {"made_from": made_from, "files": files})

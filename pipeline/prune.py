@@ -5,9 +5,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from data_prep.errors import ConfigError, DataError, reports_errors
+
+if TYPE_CHECKING:
+    from pipeline.importance import Importance
 
 PARENTS = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -35,7 +38,7 @@ class PruneConfig:
     importance: Literal["activation", "taylor"] = "activation"
     """Mean size of what a unit hands on (arXiv 2407.14679), or of its product with the loss's gradient.
 
-    taylor goes through the layers twice and keeps the hidden states of every layer in memory.
+    taylor goes through the layers twice and keeps the hidden states of every layer on disk meanwhile.
     """
     calibration_rows: int = 32
     """Rows of the shards that are read."""
@@ -82,10 +85,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def prune(config: PruneConfig) -> None:
-    """Measures importance and cuts, both layer by layer; memory is that of one layer and of the calibration rows."""
-    from data_prep.files import make_folder, read_json, write_json
+    """Measures importance and cuts, both layer by layer; memory is that of one layer and of one batch of rows."""
+    from data_prep.files import read_json, remove_folder, write_json
     from data_prep.model_folders import find_model_folder
     from data_prep.shards import open_shards
+    from pipeline.importance import Calibration, Notes, measure
     from pipeline.model_files import PARTIAL, ModelFiles, config_of, dtype_bytes, is_written, write_model
 
     source = ModelFiles(find_model_folder(config.model))
@@ -107,9 +111,13 @@ def prune(config: PruneConfig) -> None:
     if found is not None and found["made_from"] == made_from:
         kept = kept_from_json(found["kept"])
     else:
-        kept = choose(measure(config, source, dense, shards), before, after)
-        make_folder(unfinished)
+        calibration = Calibration(
+            config.importance, config.calibration_rows, config.calibration_length, config.batch_rows
+        )
+        notes = Notes(unfinished / "calibration", made_from)
+        kept = choose(measure(calibration, source, dense, shards, notes), before, after)
         write_json(record, {"made_from": made_from, "kept": asdict(kept)})
+    remove_folder(unfinished / "calibration")
 
     pieces: dict[str, Callable[[], dict[str, Any]]] = {"embeddings": partial(cut_outer, source, dense, kept)}
     for new, old in enumerate(kept.layers):
@@ -183,206 +191,7 @@ def target_shape(config: PruneConfig, dense: Any) -> Shape:
     return after
 
 
-# --- importance ---
-
-
-@dataclass
-class Importance:
-    """How much each unit matters: larger is more."""
-
-    layers: list[float]
-    hidden: Any  # [D]
-    heads: list[Any]  # per layer, [heads]
-    neurons: list[Any]  # per layer, [neurons]
-
-
-def measure(config: PruneConfig, source: Any, dense: Any, shards: Any) -> Importance:
-    """Runs calibration rows through the layers, one layer in memory at a time."""
-    import torch
-
-    from data_prep.progress import Progress
-    from pipeline.batches import decoder_batch
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batches = []
-    for start in range(0, min(config.calibration_rows, len(shards)), config.batch_rows):
-        stop = min(start + config.batch_rows, config.calibration_rows, len(shards))
-        batches.append(decoder_batch(first_tokens(shards.read(spread(start, stop, config, shards)), config)))
-    embedding = source["model.embed_tokens.weight"].float()
-    states = [embedding[batch.input_ids] for batch in batches]
-    del embedding
-    runner = LayerRunner(source, dense, device)
-    with_taylor = config.importance == "taylor"
-    inputs = []
-    found = Importance([0.0] * dense.num_hidden_layers, torch.zeros(dense.hidden_size), [], [])
-    passes = (2 if with_taylor else 1) * dense.num_hidden_layers
-    with Progress("importance", passes, unit="layers") as progress:
-        for index in range(dense.num_hidden_layers):
-            runner.load(index)
-            if with_taylor:
-                inputs.append(states)
-                with torch.no_grad():
-                    states = [runner(state, batch).cpu() for state, batch in zip(states, batches, strict=True)]
-            else:
-                states = activations_of_layer(runner, states, batches, found, index)
-            progress.advance()
-        if with_taylor:
-            gradients = loss_gradients(source, dense, states, batches, device)
-            for index in reversed(range(dense.num_hidden_layers)):
-                runner.load(index)
-                gradients = taylor_of_layer(runner, inputs.pop(), gradients, batches, found, index)
-                progress.advance()
-            found.heads.reverse()
-            found.neurons.reverse()
-    return found
-
-
-def spread(start: int, stop: int, config: PruneConfig, shards: Any) -> Any:
-    """Shard rows of calibration rows start to stop, evenly over the whole set."""
-    import numpy as np
-
-    count = min(config.calibration_rows, len(shards))
-    return np.arange(start, stop) * len(shards) // count
-
-
-def first_tokens(columns: dict[str, Any], config: PruneConfig) -> dict[str, Any]:
-    length = config.calibration_length
-    return {
-        "input_ids": columns["input_ids"][:, :length],
-        "length": columns["length"].clip(max=length),
-        "document_index": columns["document_index"][:, :length],
-    }
-
-
-class LayerRunner:
-    """A decoder of one layer, whose weights are exchanged; it does what the whole model does around a layer."""
-
-    def __init__(self, source: Any, dense: Any, device: Any):
-        import copy
-
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        shape = copy.deepcopy(dense)
-        # Hidden states go in and come out: no embedding is needed, and no norm at the end.
-        shape.num_hidden_layers, shape.vocab_size, shape.pad_token_id = 1, 1, None
-        if getattr(shape, "layer_types", None):
-            shape.layer_types = shape.layer_types[:1]
-        self.model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).model.to(device).eval()
-        self.model.norm = torch.nn.Identity()
-        self.model.requires_grad_(False)
-        self.source, self.device = source, device
-        self.layer = self.model.layers[0]
-
-    def load(self, index: int) -> None:
-        self.layer.load_state_dict({name: tensor.float() for name, tensor in self.source.layer(index).items()})
-
-    def __call__(self, hidden_BTD: Any, batch: Any) -> Any:
-        positions = batch.position_ids.to(self.device)
-        hidden_BTD = hidden_BTD.to(self.device)
-        return self.model(inputs_embeds=hidden_BTD, position_ids=positions, use_cache=False).last_hidden_state
-
-    def watched(self, seen: dict[str, Any], *, keep_gradient: bool = False) -> Any:
-        """While it is open, what goes into o_proj and down_proj and comes out of the norms is put into `seen`."""
-        from contextlib import ExitStack
-
-        def remember(name: str, tensor: Any) -> None:
-            if keep_gradient:
-                tensor.retain_grad()
-            seen[name] = tensor
-
-        hooks = ExitStack()
-        for name, module in (("heads", self.layer.self_attn.o_proj), ("neurons", self.layer.mlp.down_proj)):
-            handle = module.register_forward_pre_hook(lambda _, given, name=name: remember(name, given[0]))
-            hooks.callback(handle.remove)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            handle = getattr(self.layer, name).register_forward_hook(lambda _, __, out, name=name: remember(name, out))
-            hooks.callback(handle.remove)
-        return hooks
-
-
-def per_head(values_C: Any, num_heads: int) -> Any:
-    """[heads] root of the summed squares over the channels of each head."""
-    return values_C.view(num_heads, -1).square().sum(1).sqrt()
-
-
-def activations_of_layer(runner: LayerRunner, states: list, batches: list, found: Importance, index: int) -> list:
-    """Runs a layer forward and adds the mean sizes of its units; returns the hidden states after it."""
-    import torch
-
-    heads: Any = 0
-    neurons: Any = 0
-    outputs, num_tokens, change = [], 0, 0.0
-    for state, batch in zip(states, batches, strict=True):
-        seen: dict[str, Any] = {}
-        with torch.no_grad(), runner.watched(seen):
-            output = runner(state, batch).cpu()
-        valid = batch.valid_BT
-        num_tokens += int(valid.sum())
-        sizes = {name: tensor.cpu()[valid].abs().sum(0) for name, tensor in seen.items()}
-        heads, neurons = heads + sizes["heads"], neurons + sizes["neurons"]
-        found.hidden += sizes["input_layernorm"] + sizes["post_attention_layernorm"]
-        similar = torch.nn.functional.cosine_similarity(state[valid], output[valid], dim=-1)
-        change += float((1 - similar).sum())
-        outputs.append(output)
-    # A unit counts with what it hands on: its size times that of its outgoing weights.
-    outgoing = runner.layer.self_attn.o_proj.weight.norm(dim=0).cpu()
-    found.heads.append(per_head(heads / num_tokens * outgoing, runner.model.config.num_attention_heads))
-    found.neurons.append(neurons / num_tokens * runner.layer.mlp.down_proj.weight.norm(dim=0).cpu())
-    found.layers[index] = change / num_tokens
-    return outputs
-
-
-def loss_gradients(source: Any, dense: Any, states: list, batches: list, device: Any) -> list:
-    """The gradient of the cross-entropy by the hidden states after the last layer."""
-    from capgap_kernels import linear_kl
-
-    head_name = "model.embed_tokens.weight" if dense.tie_word_embeddings else "lm_head.weight"
-    head_VD, norm_D = source[head_name].float().to(device), source["model.norm.weight"].float().to(device)
-    gradients = []
-    for state, batch in zip(states, batches, strict=True):
-        hidden = state.to(device).requires_grad_()
-        normed = hidden * (hidden.square().mean(-1, keepdim=True) + dense.rms_norm_eps).rsqrt() * norm_D
-        labels = batch.labels_BT.flatten().to(device)
-        linear_kl(
-            normed.flatten(0, 1), head_VD, None, labels_N=labels, kl_weight=0.0, ce_weight=1.0
-        ).loss_sum.backward()
-        gradients.append(hidden.grad.cpu())
-    return gradients
-
-
-def taylor_of_layer(
-    runner: LayerRunner, states: list, gradients: list, batches: list, found: Importance, index: int
-) -> list:
-    """Runs a layer again with gradients and adds |unit * gradient|; returns the gradient by the states before it."""
-    heads: Any = 0
-    neurons: Any = 0
-    before = []
-    for state, gradient, batch in zip(states, gradients, batches, strict=True):
-        seen: dict[str, Any] = {}
-        entering = state.to(runner.device).requires_grad_()
-        with runner.watched(seen, keep_gradient=True):
-            output = runner(entering, batch)
-            output.backward(gradient.to(runner.device))
-        valid = batch.valid_BT
-        # Summed over a unit's channels before the absolute value: the loss's change when the whole unit goes.
-        effect = {name: (tensor * tensor.grad).detach().cpu()[valid] for name, tensor in seen.items()}
-        by_head = effect["heads"].unflatten(-1, (runner.model.config.num_attention_heads, -1)).sum(-1)
-        heads, neurons = heads + by_head.abs().sum(0), neurons + effect["neurons"].abs().sum(0)
-        found.hidden += sum(effect[name].abs().sum(0) for name in ("input_layernorm", "post_attention_layernorm"))
-        moved = (output.detach() - entering.detach()).cpu()[valid]
-        found.layers[index] += float((moved * gradient[valid]).sum(-1).abs().sum())
-        assert entering.grad is not None
-        before.append(entering.grad.cpu())
-    found.heads.append(heads)
-    found.neurons.append(neurons)
-    return before
-
-
-# --- choice and cut ---
-
-
-def choose(importance: Importance, before: Shape, after: Shape) -> Kept:
+def choose(importance: "Importance", before: Shape, after: Shape) -> Kept:
     """The most important units of each kind; groups of query heads stay together with their key and value head."""
     layers = best(importance.layers, after.num_layers)
     group, kept_of_group = before.num_heads // before.num_kv_heads, after.num_heads // after.num_kv_heads

@@ -177,25 +177,27 @@ def layer_tensors(config: UpcycleConfig, source: Any, kind: str, index: int) -> 
     for expert in range(config.num_experts * config.granularity):
         piece = slice(expert % config.granularity * width, (expert % config.granularity + 1) * width)
         # A copy's weight is dealt out over its pieces in equal parts: what they add up to is taken times their number.
-        parts = [gate_SD[piece].clone(), up_SD[piece].clone(), down_DS[:, piece] * config.granularity]
-        redraw(parts, config.reinitialize_fraction, generator)
+        whole = config.granularity == 1
+        parts = [gate_SD[piece], up_SD[piece], down_DS if whole else down_DS[:, piece] * config.granularity]
+        if config.reinitialize_fraction:
+            parts = redrawn(parts, config.reinitialize_fraction, generator)
         for name, tensor in zip(names, parts, strict=True):
             kept[f"{prefix}{block}.experts.{expert}.{name}.weight"] = tensor
     return kept
 
 
-def redraw(parts: list[Any], fraction: float, generator: Any) -> None:
-    """Draws a part of an expert's neurons anew, with the mean and spread of the weights that they replace."""
+def redrawn(parts: list[Any], fraction: float, generator: Any) -> list[Any]:
+    """Copies in which a part of an expert's neurons is drawn anew, with mean and spread of what they replace."""
     import torch
 
+    parts = [weight.clone() for weight in parts]
     width = len(parts[0])
     chosen = torch.randperm(width, generator=generator)[: round(fraction * width)]
-    if not len(chosen):
-        return
     for number, weight in enumerate(parts):
         rows = weight.t() if number == 2 else weight
         old = rows[chosen].float()
         rows[chosen] = (torch.randn(old.shape, generator=generator) * old.std() + old.mean()).to(weight.dtype)
+    return parts
 
 
 def card(config: UpcycleConfig, target: Any) -> str:

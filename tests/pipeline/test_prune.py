@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from data_prep.errors import DataError
 from data_prep.files import watching_operations
+from pipeline.importance import LayerRunner
 from pipeline.prune import PruneConfig, main, prune
 from tiny_decoders import LENGTH, WORDS, write_blocks, write_decoder
 
@@ -117,10 +118,66 @@ def test_a_killed_pruning_does_not_measure_again_and_ends_with_the_same_bytes(tm
     config = PruneConfig(out=tmp_path / "cut", **options)
     with pytest.raises(Killed), watching_operations(kill_at_the_second_file):
         prune(config)
-    monkeypatch.setattr("pipeline.prune.measure", lambda *_: pytest.fail("measured twice"))
+    monkeypatch.setattr("pipeline.importance.measure", lambda *_: pytest.fail("measured twice"))
     prune(config)
     for path in (tmp_path / "whole").glob("*.safetensors"):
         assert (config.out / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize(("importance", "passes"), [("activation", 1), ("taylor", 2)])
+def test_wherever_a_measurement_is_killed_it_goes_on_with_the_next_layer_and_finds_the_same(
+    tmp_path, rows, monkeypatch, importance, passes
+):
+    parent = write_decoder(tmp_path / "parent", num_hidden_layers=3)
+    options = {"model": str(parent), "shards": rows, "hidden_size": 24, "importance": importance, "batch_rows": 6}
+    count = 0
+
+    def count_files(operation, path):
+        nonlocal count
+        count += operation == "rename" and path.parent.name == "calibration"
+
+    with watching_operations(count_files):
+        prune(PruneConfig(out=tmp_path / "whole", **options))
+    loaded: list[int] = []
+    load = LayerRunner.load
+    monkeypatch.setattr(LayerRunner, "load", lambda self, index: (loaded.append(index), load(self, index)))
+    for number in range(3, count + 1, 4):
+        config, seen = PruneConfig(out=tmp_path / f"killed-{number}", **options), 0
+
+        def kill(operation, path, last=number):
+            nonlocal seen
+            seen += operation == "rename" and path.parent.name == "calibration"
+            if seen == last:
+                raise Killed
+
+        loaded.clear()
+        with pytest.raises(Killed), watching_operations(kill):
+            prune(config)
+        prune(config)
+        # Nothing twice but the layer that was killed.
+        assert len(loaded) <= passes * 3 + 1
+        assert kept(config.out) == kept(tmp_path / "whole")
+        assert not (config.out / "calibration").exists()
+        for path in (tmp_path / "whole").glob("*.safetensors"):
+            assert (config.out / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_damaged_note_is_named(tmp_path, rows):
+    parent = write_decoder(tmp_path / "parent", num_hidden_layers=3)
+    config = PruneConfig(model=str(parent), shards=rows, out=tmp_path / "cut", hidden_size=24)
+
+    def kill_at_the_second_layer(operation, path):
+        if operation == "rename" and path.name.startswith("state-2-"):
+            raise Killed
+
+    with pytest.raises(Killed), watching_operations(kill_at_the_second_layer):
+        prune(config)
+    path = tmp_path / "cut.partial" / "calibration" / "state-1-0.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"state-1-0\.safetensors: missing or damaged - remove"):
+        prune(config)
 
 
 @pytest.mark.parametrize(
