@@ -263,7 +263,7 @@ def taylor_of_layer(runner: LayerRunner, batches: list[Batch], notes: Notes, fou
             output.backward(gradient.to(runner.device))
         valid = batch.valid_BT
         # Summed over a unit's channels before the absolute value: the loss's change when the whole unit goes.
-        effect = {name: (tensor * tensor.grad).detach().cpu()[valid] for name, tensor in seen.items()}
+        effect = {name: times_gradient(tensor).cpu()[valid] for name, tensor in seen.items()}
         by_head = effect["heads"].unflatten(-1, (runner.model.config.num_attention_heads, -1)).sum(-1)
         heads, neurons = heads + by_head.abs().sum(0), neurons + effect["neurons"].abs().sum(0)
         found.hidden += sum(effect[name].abs().sum(0) for name in ("input_layernorm", "post_attention_layernorm"))
@@ -272,3 +272,8 @@ def taylor_of_layer(runner: LayerRunner, batches: list[Batch], notes: Notes, fou
         assert entering.grad is not None
         notes.put(f"gradient-{index}-{number}", entering.grad)
     found.heads[index], found.neurons[index] = heads, neurons
+
+
+def times_gradient(tensor: Tensor) -> Tensor:
+    assert tensor.grad is not None
+    return tensor.detach() * tensor.grad
