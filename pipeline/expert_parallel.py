@@ -80,7 +80,7 @@ class SpreadExperts(AutoEPMoELayer):
     def run_experts(self, hidden_ND: Tensor, routing: Routing) -> Tensor:
         """[N, D]: the gate-weighted sum over each token's experts, wherever they are."""
         # [P, L]: this rank's tokens for each expert of each rank, and what each rank has for the experts here.
-        sent_PL = routing.tokens_per_expert_E.view(self.ep_size, self.num_local_experts)
+        sent_PL = routing.rows_per_expert_E.view(self.ep_size, self.num_local_experts)
         received_PL = torch.empty_like(sent_PL)
         dist.all_to_all_single(received_PL, sent_PL.contiguous(), group=self.ep_group)
         # The one wait for the device: the sizes of the exchange must be known on the host.

@@ -1,6 +1,7 @@
 """Triton kernels of `permute` and `combine`: a token's row is read once, its K rows written or read by address."""
 
-# N tokens, K choices per token, M = N*K permuted rows, D hidden. Positions at or past offsets[E] belong to padding.
+# N tokens, K choices per token, M = N*K permuted rows, D hidden. Positions from offsets[E] on belong to padding and to
+# slots that a capacity drops.
 
 import torch
 import triton
@@ -28,24 +29,30 @@ def spread_kernel(
     WEIGHTED: tl.constexpr,
 ):
     """Row of every slot: its token's, weighted by its gate in the backward of combine, which also yields the gates'
-    gradient. Rows of padding are 0."""
+    gradient. Rows of padding and of dropped slots are 0."""
     token_N = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside_N = token_N < N
     end = tl.load(end_ptr)
     choice_K = tl.arange(0, BLOCK_K)
+    # Rows that no choice of theirs needs are not read: that is all of the padding.
+    position_NK = tl.load(
+        position_ptr + token_N[:, None] * K + choice_K[None, :],
+        mask=inside_N[:, None] & (choice_K < K)[None, :],
+        other=end,
+    )
+    needed_N = tl.min(position_NK, 1) < end
     dot_NK = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for start in range(0, D, BLOCK_D):
         column_D = start + tl.arange(0, BLOCK_D).to(tl.int64)
         inside_ND = inside_N[:, None] & (column_D < D)[None, :]
         hidden_address_ND = token_N[:, None] * stride_n + column_D[None, :] * stride_d
-        # All choices of a token are placed or none is: whether it is padding does not depend on the choice.
-        placed_N = inside_N & (tl.load(position_ptr + token_N * K, mask=inside_N, other=0) < end)
-        hidden_ND = tl.load(hidden_ptr + hidden_address_ND, mask=inside_ND & placed_N[:, None], other=0.0)
+        hidden_ND = tl.load(hidden_ptr + hidden_address_ND, mask=inside_ND & needed_N[:, None], other=0.0)
         for choice in tl.static_range(K):
             slot_N = token_N * K + choice
             position_N = tl.load(position_ptr + slot_N, mask=inside_N, other=0)
+            placed_N = inside_N & (position_N < end)
             address_ND = position_N[:, None] * D + column_D[None, :]
-            row_ND = hidden_ND
+            row_ND = tl.where(placed_N[:, None], hidden_ND, 0.0)
             if WEIGHTED:
                 permuted_ND = tl.load(permuted_ptr + address_ND, mask=inside_ND & placed_N[:, None], other=0.0)
                 dot_N = tl.sum(row_ND.to(tl.float32) * permuted_ND.to(tl.float32), 1)

@@ -31,12 +31,13 @@ class Routing:
     """Where every token goes, with what weight, and the sums that router losses need.
 
     A *slot* is one choice of one token, flat index `token * K + choice`. Slots sorted by expert (token order kept
-    within an expert, slots of padding tokens last) give the *permuted* order.
+    within an expert) give the *permuted* order; behind them come the slots that an expert's capacity drops, also by
+    expert, and those of padding tokens.
     """
 
     expert_NK: Tensor  # int64, best first; meaningless for padding tokens (but in range)
-    gate_NK: Tensor  # float32 (float64 for float64 logits), differentiable; 0 for padding tokens
-    tokens_per_expert_E: Tensor  # int64, slots of valid tokens
+    gate_NK: Tensor  # float32 (float64 for float64 logits), differentiable; 0 for padding tokens and dropped slots
+    tokens_per_expert_E: Tensor  # int64, slots of valid tokens that chose it, the dropped ones included
     gate_sum_E: Tensor  # differentiable: sum over valid tokens of the full score (softmax or sigmoid)
     z_loss_sum: Tensor  # differentiable scalar: sum over valid tokens of logsumexp(logits)^2
     entropy_sum: Tensor  # scalar without gradient: sum over valid tokens of the entropy of the scores, in nats
@@ -54,8 +55,18 @@ class Routing:
 
     @property
     def placed_NK(self) -> Tensor:
-        """True for the slots that an expert computes, False for those of padding tokens."""
+        """True for the slots that an expert computes, False for those of padding tokens and the dropped ones."""
         return self.position_NK < self.offsets_E1[-1]
+
+    @property
+    def rows_per_expert_E(self) -> Tensor:
+        """int64: slots that each expert computes."""
+        return self.offsets_E1.diff()
+
+    @property
+    def dropped_per_expert_E(self) -> Tensor:
+        """int64: slots of valid tokens over each expert's capacity."""
+        return self.tokens_per_expert_E - self.rows_per_expert_E
 
 
 def route(
@@ -66,8 +77,10 @@ def route(
     renormalize: bool = False,
     selection_bias_E: Tensor | None = None,
     valid_N: Tensor | None = None,
+    capacity: int | None = None,
 ) -> Routing:
-    """Routing of every token to its `top_k` experts; ties go to the lower expert index."""
+    """Routing of every token to its `top_k` experts; ties go to the lower expert index, and an expert with more than
+    `capacity` slots keeps the first ones."""
     num_tokens, num_experts = router_logits_NE.shape
     logits_NE = router_logits_NE if router_logits_NE.dtype == torch.float64 else router_logits_NE.float()
     padding_N1 = torch.zeros_like(logits_NE[:, :1], dtype=torch.bool) if valid_N is None else ~valid_N.bool()[:, None]
@@ -84,10 +97,16 @@ def route(
         gate_NK = gate_NK / (gate_NK.sum(-1, keepdim=True) + RENORMALIZE_FLOOR)
 
     key_M = expert_NK.masked_fill(padding_N1, num_experts).flatten()
-    slot_M = key_M.argsort(stable=True)
-    position_M = torch.empty_like(slot_M)
-    position_M[slot_M] = torch.arange(slot_M.numel(), device=slot_M.device)
+    slot_M, position_M = sorted_slots(key_M)
     tokens_per_expert_E = torch.bincount(key_M, minlength=num_experts + 1)[:num_experts]
+    rows_per_expert_E = tokens_per_expert_E
+    if capacity is not None:
+        rows_per_expert_E = tokens_per_expert_E.clamp_max(capacity)
+        first_of_group = F.pad(tokens_per_expert_E.cumsum(0), (1, 0))
+        dropped_M = (position_M - first_of_group[key_M] >= capacity) & (key_M < num_experts)
+        gate_NK = gate_NK.masked_fill(dropped_M.view_as(gate_NK), 0.0)
+        key_M = torch.where(dropped_M, num_experts + key_M, key_M).masked_fill(key_M == num_experts, 2 * num_experts)
+        slot_M, position_M = sorted_slots(key_M)
     z_loss_N = logits_NE.logsumexp(-1).square()
     share_NE = (scores_NE / scores_NE.sum(-1, keepdim=True)).detach()
     entropy_N = torch.special.entr(share_NE).sum(-1)
@@ -100,19 +119,27 @@ def route(
         entropy_sum=entropy_N.masked_fill(padding_N1[:, 0], 0.0).sum(),
         slot_M=slot_M,
         position_NK=position_M.view(num_tokens, top_k),
-        offsets_E1=F.pad(tokens_per_expert_E.cumsum(0), (1, 0)),
+        offsets_E1=F.pad(rows_per_expert_E.cumsum(0), (1, 0)),
     )
 
 
+def sorted_slots(key_M: Tensor) -> tuple[Tensor, Tensor]:
+    """(slot of each position, position of each slot) when slots are sorted by key, equal keys in their order."""
+    slot_M = key_M.argsort(stable=True)
+    position_M = torch.empty_like(slot_M)
+    position_M[slot_M] = torch.arange(slot_M.numel(), device=slot_M.device)
+    return slot_M, position_M
+
+
 def permute(hidden_ND: Tensor, routing: Routing) -> Tensor:
-    """[M, D]: the row of every slot's token, sorted by expert; rows past `offsets_E1[-1]` (padding) are 0."""
+    """[M, D]: the row of every slot's token, sorted by expert; rows past `offsets_E1[-1]` (dropped, padding) are 0."""
     permuted_MD = hidden_ND[routing.slot_M // routing.top_k]
     past_end_M = torch.arange(len(permuted_MD), device=permuted_MD.device) >= routing.offsets_E1[-1]
     return permuted_MD.masked_fill(past_end_M[:, None], 0.0)
 
 
 def combine(permuted_MD: Tensor, routing: Routing) -> Tensor:
-    """[N, D]: the gate-weighted sum of each token's K permuted rows; 0 for padding tokens."""
+    """[N, D]: the gate-weighted sum of each token's placed rows; 0 for padding tokens."""
     rows_NKD = permuted_MD[routing.position_NK].masked_fill(~routing.placed_NK[..., None], 0.0)
     gate_NK = routing.gate_NK.masked_fill(~routing.placed_NK, 0.0)
     return (rows_NKD * gate_NK[..., None]).sum(1).to(permuted_MD.dtype)

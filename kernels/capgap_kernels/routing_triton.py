@@ -1,6 +1,7 @@
 """Triton kernels of `route`: scores and top-k, a stable counting sort, and their backward; three launches, no sync."""
 
 # N tokens, E experts, K choices per token, M = N*K slots, B blocks of BLOCK_N tokens. Padding slots count as expert E.
+# Permuted order: kept slots by expert, then those over the capacity by expert, then padding.
 
 import torch
 import triton
@@ -167,12 +168,14 @@ def route_place_kernel(
     valid_ptr,  # [N] or unused
     before_ptr,  # [E + 1, B]
     total_ptr,  # [E + 1]
+    gate_ptr,  # in and out [N, K]: dropped slots get 0
     slot_ptr,  # out [M]
     position_ptr,  # out [N, K]
     tokens_per_expert_ptr,  # out [E]
     offsets_ptr,  # out [E + 1]
     N,
     B,
+    capacity,  # at least as many as there are slots where there is none
     E: tl.constexpr,
     K: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -180,7 +183,8 @@ def route_place_kernel(
     BLOCK_K: tl.constexpr,
     HAS_VALID: tl.constexpr,
 ):
-    """A slot's position: slots of lower experts, of its expert in earlier blocks, and earlier in its block."""
+    """A slot's position: kept slots of lower experts, slots of its expert in earlier blocks, and earlier in its block;
+    past the capacity the same among the dropped ones."""
     block = tl.program_id(0).to(tl.int64)
     index_S = tl.arange(0, BLOCK_N * BLOCK_K)  # slots of this block in order
     token_S = block * BLOCK_N + index_S // BLOCK_K
@@ -195,14 +199,29 @@ def route_place_kernel(
 
     expert_E = tl.arange(0, BLOCK_E1)
     total_E = tl.load(total_ptr + expert_E, mask=expert_E <= E, other=0)
-    start_E = tl.cumsum(total_E, 0) - total_E
+    kept_E = tl.where(expert_E < E, tl.minimum(total_E, capacity), 0)
+    dropped_E = tl.where(expert_E < E, total_E - kept_E, 0)
+    start_E = tl.cumsum(kept_E, 0) - kept_E  # of expert E, padding: where the last expert stops
+    after_E = tl.cumsum(dropped_E, 0) - dropped_E + tl.sum(kept_E, 0)
     before_S = tl.load(before_ptr + key_S.to(tl.int64) * B + block, mask=inside_S, other=0)
-    position_S = (tl.gather(start_E, key_S, 0) + before_S + rank_S).to(tl.int64)
+    rank_S += before_S
+    over_S = (rank_S >= capacity) & (key_S < E)
+    behind_S = tl.gather(after_E, key_S, 0) + rank_S - tl.where(key_S < E, capacity, 0)
+    position_S = tl.where(over_S | (key_S == E), behind_S, tl.gather(start_E, key_S, 0) + rank_S).to(tl.int64)
     tl.store(position_ptr + slot_S, position_S, mask=inside_S)
     tl.store(slot_ptr + position_S, slot_S, mask=inside_S)
+    tl.store(gate_ptr + slot_S, tl.zeros_like(position_S).to(tl.float32), mask=inside_S & over_S)
     if block == 0:
         tl.store(tokens_per_expert_ptr + expert_E, total_E.to(tl.int64), mask=expert_E < E)
         tl.store(offsets_ptr + expert_E, start_E.to(tl.int64), mask=expert_E <= E)
+
+
+@triton.jit
+def _load_grad_gate(grad_gate_ptr, position_ptr, end_ptr, slot_N, inside_N, HAS_CAPACITY: tl.constexpr):
+    """The upstream gradient of one choice's gates; 0 for dropped slots, whose gates are constants."""
+    if HAS_CAPACITY:
+        inside_N &= tl.load(position_ptr + slot_N, mask=inside_N, other=0) < tl.load(end_ptr)
+    return tl.load(grad_gate_ptr + slot_N, mask=inside_N, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -210,6 +229,8 @@ def route_backward_kernel(
     logits_ptr,  # [N, E]
     valid_ptr,  # [N] or unused
     expert_ptr,  # [N, K]
+    position_ptr,  # [N, K] or unused
+    end_ptr,  # []: offsets[E], or unused
     grad_gate_ptr,  # [N, K]
     grad_gate_sum_ptr,  # [E]
     grad_z_loss_ptr,  # []
@@ -224,6 +245,7 @@ def route_backward_kernel(
     SIGMOID: tl.constexpr,
     RENORMALIZE: tl.constexpr,
     HAS_VALID: tl.constexpr,
+    HAS_CAPACITY: tl.constexpr,
 ):
     token_N = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     expert_E = tl.arange(0, BLOCK_E)
@@ -237,14 +259,14 @@ def route_backward_kernel(
     if RENORMALIZE:
         for choice in tl.static_range(K):
             chosen_N = tl.load(expert_ptr + token_N * K + choice, mask=inside_N, other=0).to(tl.int32)
-            grad_N = tl.load(grad_gate_ptr + token_N * K + choice, mask=inside_N, other=0.0).to(tl.float32)
+            grad_N = _load_grad_gate(grad_gate_ptr, position_ptr, end_ptr, token_N * K + choice, inside_N, HAS_CAPACITY)
             score_N = tl.sum(tl.where(expert_E[None, :] == chosen_N[:, None], scores_NE, 0.0), 1)
             sum_N += score_N
             dot_N += grad_N * score_N
         dot_N = dot_N / sum_N
     for choice in tl.static_range(K):
         chosen_N = tl.load(expert_ptr + token_N * K + choice, mask=inside_N, other=0).to(tl.int32)
-        grad_N = tl.load(grad_gate_ptr + token_N * K + choice, mask=inside_N, other=0.0).to(tl.float32)
+        grad_N = _load_grad_gate(grad_gate_ptr, position_ptr, end_ptr, token_N * K + choice, inside_N, HAS_CAPACITY)
         if RENORMALIZE:
             grad_N = (grad_N - dot_N) / sum_N
         grad_scores_NE += tl.where(expert_E[None, :] == chosen_N[:, None], grad_N[:, None], 0.0)
@@ -276,6 +298,7 @@ def route_forward(
     top_k: int,
     sigmoid: bool,
     renormalize: bool,
+    capacity: int | None,
 ) -> tuple[Tensor, ...]:
     """The fields of `Routing`, in their order."""
     (num_tokens, num_experts), device = logits_NE.shape, logits_NE.device
@@ -340,12 +363,14 @@ def route_forward(
         valid_N,
         before_EB,
         total_E,
+        gate_NK,
         slot_M,
         position_NK,
         tokens_per_expert_E,
         offsets_E1,
         num_tokens,
         num_blocks,
+        num_slots if capacity is None else min(capacity, num_slots),
         E=num_experts,
         K=top_k,
         BLOCK_N=block_n,
@@ -362,6 +387,8 @@ def route_backward(
     logits_NE: Tensor,
     valid_N: Tensor | None,
     expert_NK: Tensor,
+    position_NK: Tensor | None,
+    end: Tensor | None,
     grad_gate_NK: Tensor,
     grad_gate_sum_E: Tensor,
     grad_z_loss_sum: Tensor,
@@ -369,7 +396,7 @@ def route_backward(
     sigmoid: bool,
     renormalize: bool,
 ) -> Tensor:
-    """The gradient of the logits, in their dtype."""
+    """The gradient of the logits, in their dtype; `position_NK` and `end` where a capacity drops slots."""
     (num_tokens, num_experts), top_k = logits_NE.shape, expert_NK.shape[1]
     grad_logits_NE = torch.empty(num_tokens, num_experts, dtype=logits_NE.dtype, device=logits_NE.device)
     block_e = triton.next_power_of_2(num_experts)
@@ -378,6 +405,8 @@ def route_backward(
         logits_NE,
         valid_N,
         expert_NK,
+        position_NK,
+        end,
         grad_gate_NK.contiguous(),
         grad_gate_sum_E.contiguous(),
         grad_z_loss_sum,
@@ -391,5 +420,6 @@ def route_backward(
         SIGMOID=sigmoid,
         RENORMALIZE=renormalize,
         HAS_VALID=valid_N is not None,
+        HAS_CAPACITY=position_NK is not None,
     )
     return grad_logits_NE

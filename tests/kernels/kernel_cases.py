@@ -17,6 +17,7 @@ class Case:
     width: int = 12
     wanted: tuple[int, ...] | None = None
     padding: bool = False
+    capacity: int | None = None
 
 
 CASES = {
@@ -30,6 +31,8 @@ CASES = {
     "every expert": Case(13, 4, 4),
     "more slots than a block": Case(70, 4, 2, hidden=33, width=35),
     "only padding": Case(5, 3, 1, wanted=(), padding=True),
+    "a capacity that drops some": Case(53, 4, 1, padding=True, capacity=9),
+    "k experts over their capacity": Case(150, 5, 3, hidden=17, width=19, padding=True, capacity=50),
 }
 
 

@@ -38,9 +38,10 @@ def output_and_gradients(function, inputs, case, experts, dtype, device, *, back
     leaves["logits"] = leaves["logits"].to(logits_dtype or dtype)
     leaves = {name: value.requires_grad_() for name, value in leaves.items()}
     valid_N = draw_valid(case)
+    valid_N = None if valid_N is None else valid_N.to(device)
     upstream_ND = draw(case.num_tokens, case.hidden, seed=9).to(device, dtype)
     with use_backend(backend):
-        routing = route(leaves["logits"], top_k=case.top_k, valid_N=None if valid_N is None else valid_N.to(device))
+        routing = route(leaves["logits"], top_k=case.top_k, valid_N=valid_N, capacity=case.capacity)
         routing.gate_NK.retain_grad()
         arguments = {name: value for name, value in leaves.items() if name not in ("logits", "hidden_ND")}
         out_ND = function(leaves["hidden_ND"], routing, **arguments, activation=experts["activation"])

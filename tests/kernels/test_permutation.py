@@ -12,7 +12,8 @@ BACKENDS = ["eager", "triton"]
 def routing_of(case, dtype, device):
     valid_N = draw_valid(case)
     logits_NE = draw_logits(case).float().to(device, dtype)
-    return route(logits_NE, top_k=case.top_k, valid_N=None if valid_N is None else valid_N.to(device))
+    valid_N = None if valid_N is None else valid_N.to(device)
+    return route(logits_NE, top_k=case.top_k, valid_N=valid_N, capacity=case.capacity)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -40,7 +41,8 @@ def test_combine_equals_the_float64_twin(case, backend, device):
         permuted_MD = draw(case.num_tokens * case.top_k, case.hidden, seed=1).float().to(where, dtype)
         permuted_MD.requires_grad_()
         with use_backend(backend if function is combine else "eager"):
-            routing = route(logits_NE, top_k=case.top_k, valid_N=None if valid_N is None else valid_N.to(where))
+            valid_N = None if valid_N is None else valid_N.to(where)
+            routing = route(logits_NE, top_k=case.top_k, valid_N=valid_N, capacity=case.capacity)
             routing.gate_NK.retain_grad()
             combined_ND = function(permuted_MD, routing)
             combined_ND.backward(draw(*combined_ND.shape, seed=2).float().to(where, dtype))

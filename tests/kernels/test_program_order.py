@@ -17,13 +17,13 @@ def layer_and_gradients(case) -> list[torch.Tensor]:
         draw(case.num_experts, case.hidden, case.width, seed=3),
     ]
     logits_NE, hidden_ND, w1_EFD, w2_EDF = leaves = [leaf.float().requires_grad_() for leaf in leaves]
-    routing = route(logits_NE, top_k=case.top_k, valid_N=draw_valid(case))
+    routing = route(logits_NE, top_k=case.top_k, valid_N=draw_valid(case), capacity=case.capacity)
     out_ND = expert_mlp(hidden_ND, routing, w1_EFD, w2_EDF) + combine(permute(hidden_ND, routing), routing)
     gradients = torch.autograd.grad([out_ND, routing.z_loss_sum], leaves, [torch.ones_like(out_ND), None])
     return [out_ND, routing.slot_M, routing.gate_sum_E, routing.entropy_sum, *gradients]
 
 
-@pytest.mark.parametrize("case", ["k experts and padding", "more slots than a block"])
+@pytest.mark.parametrize("case", ["k experts and padding", "more slots than a block", "k experts over their capacity"])
 def test_programs_may_run_in_the_opposite_order(case, monkeypatch):
     from triton.runtime.interpreter import InterpreterBuilder
 

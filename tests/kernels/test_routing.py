@@ -31,6 +31,7 @@ def routed(function, logits_NE, case, options, dtype, device):
         top_k=case.top_k,
         selection_bias_E=bias_E,
         valid_N=None if valid_N is None else valid_N.to(device),
+        capacity=case.capacity,
         **options,
     )
     gate_weight = draw(case.num_tokens, case.top_k, seed=6).to(device)
@@ -101,6 +102,29 @@ def test_tokens_keep_their_order_within_an_expert(backend, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_an_expert_over_its_capacity_keeps_its_first_tokens(backend, device):
+    logits_NE = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]], device=device)
+    valid_N = torch.tensor([False, True, True, True, True], device=device)
+    with use_backend(backend):
+        routing = route(logits_NE, valid_N=valid_N, capacity=2)
+    assert routing.slot_M.tolist() == [1, 3, 2, 4, 0]  # expert 0, expert 1, dropped, padding
+    assert routing.tokens_per_expert_E.tolist() == [3, 1]
+    assert routing.rows_per_expert_E.tolist() == [2, 1]
+    assert routing.dropped_per_expert_E.tolist() == [1, 0]
+    assert (routing.gate_NK[:, 0] != 0).tolist() == [False, True, True, True, False]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_capacity_that_nothing_exceeds_changes_nothing(backend, device):
+    logits_NE = draw(40, 4, seed=0).float().to(device)
+    with use_backend(backend):
+        free = route(logits_NE, top_k=2)
+        limited = route(logits_NE, top_k=2, capacity=int(free.tokens_per_expert_E.max()))
+    for name in (*FLOATS, *INTEGERS):
+        assert torch.equal(getattr(free, name), getattr(limited, name)), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_in_padding_rows_reaches_nothing(backend, device):
     valid_N = torch.arange(40, device=device) < 25
     logits_NE = draw(40, 4, seed=0).float().to(device)
@@ -154,6 +178,7 @@ def test_no_gradient_is_asked_for_none_is_kept():
     [
         ({"top_k": 5}, ["top_k=5", "4 experts"]),
         ({"top_k": 0}, ["top_k=0"]),
+        ({"capacity": 0}, ["capacity=0", "at least 1"]),
         ({"score_function": "tanh"}, ["score_function", "tanh"]),
         ({"selection_bias_E": torch.zeros(3)}, ["selection_bias_E", "(4,)", "(3,)"]),
         ({"valid_N": torch.ones(3, dtype=torch.bool)}, ["valid_N", "(6,)", "(3,)"]),
