@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -44,14 +45,14 @@ def combine(permuted_MD: Tensor, routing: Routing) -> Tensor:
 
 
 def weighted_sum(rows_MD: Tensor, gate_NK: Tensor | None, position_NK: Tensor) -> Tensor:
-    """[N, D]: each token's rows of `rows_MD`, weighted by its gates where given, in eager PyTorch."""
-    num_tokens, top_k = position_NK.shape
-    rows_NKD = rows_MD.index_select(0, position_NK.flatten()).view(num_tokens, top_k, rows_MD.shape[1])
-    if gate_NK is None:
-        return rows_NKD[:, 0] if top_k == 1 else rows_NKD.sum(1)
-    if top_k == 1:
-        return (rows_NKD[:, 0] * gate_NK).to(rows_MD.dtype)
-    return torch.einsum("nkd,nk->nd", rows_NKD.to(gate_NK.dtype), gate_NK).to(rows_MD.dtype)
+    """[N, D]: each token's rows of `rows_MD`, weighted by its gates where given, in eager PyTorch.
+
+    One pass that accumulates in float32; half-precision rows are weighted by gates rounded to their dtype.
+    """
+    if gate_NK is None and position_NK.shape[1] == 1:
+        return rows_MD.index_select(0, position_NK[:, 0])
+    gate_NK = None if gate_NK is None else gate_NK.to(rows_MD.dtype)
+    return F.embedding_bag(position_NK, rows_MD, per_sample_weights=gate_NK, mode="sum")
 
 
 def _spread(hidden_ND: Tensor, slot_M: Tensor, top_k: int, num_rows: int) -> Tensor:
