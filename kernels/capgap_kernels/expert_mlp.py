@@ -2,10 +2,12 @@
 
 # N tokens, D hidden, E experts, K chosen experts, F feed-forward width, V = slots of valid tokens, M = N*K slots
 
+import functools
 from itertools import pairwise
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -94,7 +96,7 @@ ROW_MULTIPLE = 8
 
 
 class _EagerExpertMLP(torch.autograd.Function):
-    """Sorted rows, one contiguous slice per expert, products written in place.
+    """Sorted rows, one contiguous slice per expert.
 
     Its own backward because autograd through `w1_EFD[expert]` would add a full-size zero tensor per expert.
     """
@@ -117,31 +119,26 @@ class _EagerExpertMLP(torch.autograd.Function):
         num_rows, num_slots, hidden = bounds[-1], routing.slot_M.shape[0], hidden_ND.shape[1]
         slot_V = routing.slot_M[:num_rows]
         x_VD = hidden_ND.index_select(0, slot_V // routing.top_k)
-        slices = [_rows_and_some(start, stop, num_rows) for start, stop in pairwise(bounds)]
-        # Without a backward one expert's rows are alive at a time: fresh pages cost more than the activation.
-        kept = num_rows if keep_for_backward else max(rows.stop - rows.start for rows in slices)
-        pre_VF = x_VD.new_empty(kept, w1_EFD.shape[1])
-        up_VF = None if w3_EFD is None else torch.empty_like(pre_VF)
-        inner_VF = torch.empty_like(pre_VF) if keep_for_backward else pre_VF
         # Rows of padding slots stay 0, so that combining needs no mask.
         y_MD = x_VD.new_empty(num_slots, hidden)
         y_MD[num_rows:] = 0
-        for expert, rows in enumerate(slices):
-            here = rows if keep_for_backward else slice(rows.stop - rows.start)
-            pre, inner = pre_VF[here], inner_VF[here]
-            _linear(x_VD[rows], w1_EFD[expert], None if b1_EF is None else b1_EF[expert], out=pre)
-            _activate(pre, activation, out=inner)
-            if w3_EFD is not None and up_VF is not None:
-                up = up_VF[here]
-                _linear(x_VD[rows], w3_EFD[expert], None, out=up)
+        kept: list[Tensor | None] = []
+        for expert, (start, stop) in enumerate(pairwise(bounds)):
+            rows = _rows_and_some(start, stop, num_rows)
+            b1_F, b2_D = (None if bias is None else bias[expert] for bias in (b1_EF, b2_ED))
+            pre = _linear(x_VD[rows], w1_EFD[expert], b1_F)
+            inner = _activate(pre, activation, out=None if keep_for_backward else pre)
+            up = None
+            if w3_EFD is not None:
+                up = _linear(x_VD[rows], w3_EFD[expert], None)
                 inner *= up
-            _linear(inner, w2_EDF[expert], None if b2_ED is None else b2_ED[expert], out=y_MD[rows])
+            y_MD[rows] = _linear(inner, w2_EDF[expert], b2_D)
+            if keep_for_backward:
+                kept += [pre, inner, up]
         out_ND = weighted_sum(y_MD, gate_NK, routing.position_NK)
 
         if keep_for_backward:
-            ctx.save_for_backward(
-                gate_NK, w1_EFD, w2_EDF, w3_EFD, x_VD, pre_VF, up_VF, inner_VF, y_MD[:num_rows], slot_V
-            )
+            ctx.save_for_backward(gate_NK, w1_EFD, w2_EDF, w3_EFD, x_VD, y_MD[:num_rows], slot_V, *kept)
         ctx.position_NK, ctx.bounds, ctx.activation = routing.position_NK, bounds, activation
         return out_ND
 
@@ -149,7 +146,7 @@ class _EagerExpertMLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_ND,) = grad_outputs
-        gate_NK, w1_EFD, w2_EDF, w3_EFD, x_VD, pre_VF, up_VF, inner_VF, y_VD, slot_V = ctx.saved_tensors
+        gate_NK, w1_EFD, w2_EDF, w3_EFD, x_VD, y_VD, slot_V, *kept = ctx.saved_tensors
         needs_gate, needs_hidden, needs_w1, needs_w2, needs_b1, needs_b2, needs_w3 = ctx.needs_input_grad[:7]
         num_rows, num_slots = x_VD.shape[0], gate_NK.numel()
         grad_VD = grad_ND.index_select(0, slot_V // gate_NK.shape[1])
@@ -171,17 +168,18 @@ class _EagerExpertMLP(torch.autograd.Function):
         grad_b2_ED = w2_EDF.new_empty(w2_EDF.shape[:2]) if needs_b2 else None
         for expert, (start, stop) in enumerate(pairwise(ctx.bounds)):
             rows, own, num_own = _rows_and_some(start, stop, num_rows), slice(start, stop), stop - start
+            pre, inner, up = kept[3 * expert : 3 * expert + 3]
             grad_inner = grad_y_VD[rows] @ w2_EDF[expert]
             # A product over no rows is 0: the gradient of an expert without tokens.
             if grad_w2_EDF is not None:
-                torch.mm(grad_y_VD[own].t(), inner_VF[own], out=grad_w2_EDF[expert])
+                torch.mm(grad_y_VD[own].t(), inner[:num_own], out=grad_w2_EDF[expert])
             if grad_b2_ED is not None:
                 torch.sum(grad_y_VD[own], 0, out=grad_b2_ED[expert])
             grad_up = None
-            if up_VF is not None:
-                grad_up = grad_inner * _activate(pre_VF[rows], ctx.activation)
-                grad_inner *= up_VF[rows]
-            grad_pre = _activation_backward(grad_inner, pre_VF[rows], ctx.activation)
+            if up is not None:
+                grad_up = grad_inner * _activate(pre, ctx.activation)
+                grad_inner *= up
+            grad_pre = _activation_backward(grad_inner, pre, ctx.activation)
             if grad_w1_EFD is not None:
                 torch.mm(grad_pre[:num_own].t(), x_VD[own], out=grad_w1_EFD[expert])
             if grad_b1_EF is not None:
@@ -309,11 +307,17 @@ def _rows_and_some(start: int, stop: int, num_rows: int) -> slice:
     return slice(start, min(num_rows, start - (start - stop) // ROW_MULTIPLE * ROW_MULTIPLE))
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> None:
-    if bias is None:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        torch.addmm(bias, x, weight.t(), out=out)
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is not None and x.dtype == torch.bfloat16 and x.device.type == "cpu" and _adds_bias_within_product():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias.contiguous(), "none", [], "")  # ignores bias strides
+    return F.linear(x, weight, bias)
+
+
+@functools.cache
+def _adds_bias_within_product() -> bool:
+    """Whether this CPU has oneDNN's bf16 linear, what torch.compile uses: F.linear writes the bias first, as a pass of
+    its own (5 % of a feed-forward)."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _activate(pre: Tensor, activation: str, out: Tensor | None = None) -> Tensor:

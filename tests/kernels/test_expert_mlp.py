@@ -135,23 +135,25 @@ def test_an_expert_without_tokens_gets_a_zero_gradient(backend, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_non_contiguous_inputs(backend, device):
-    hidden_ND = draw(10, 30, seed=0).float().to(device).t()
-    w1_EFD = draw(4, 10, 14, seed=1).float().to(device).transpose(1, 2)
-    w2_EDF = draw(4, 14, 10, seed=2).float().to(device).transpose(1, 2)
-    logits_NE = draw(30, 4, seed=3).float().to(device)
+@pytest.mark.parametrize(("dtype", "relative"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_non_contiguous_inputs(dtype, relative, backend, device):
+    hidden_DN, w1_EDF, w2_EFD, b1_EFF, b2_DE = (
+        draw(*shape, seed=seed).to(device, dtype)
+        for seed, shape in enumerate(((10, 30), (4, 10, 14), (4, 14, 10), (4, 28), (10, 4)))
+    )
+    strided = [hidden_DN.t(), w1_EDF.mT, w2_EFD.mT, b1_EFF[:, ::2], b2_DE.t()]
+    assert not any(tensor.is_contiguous() for tensor in strided)
+    logits_NE = draw(30, 4, seed=9).float().to(device)
     results = []
-    for which, change in ((backend, as_it_is), ("eager", torch.Tensor.contiguous)):
-        leaves = [change(tensor).detach().requires_grad_() for tensor in (hidden_ND, w1_EFD, w2_EDF)]
+    for which, leaves in ((backend, strided), ("eager", [tensor.double().contiguous() for tensor in strided])):
+        for leaf in leaves:
+            leaf.requires_grad_()
         with use_backend(which):
-            out_ND = expert_mlp(leaves[0], route(logits_NE, top_k=2), *leaves[1:])
+            routing = route(logits_NE, top_k=2)
+            out_ND = expert_mlp(leaves[0], routing, *leaves[1:3], b1_EF=leaves[3], b2_ED=leaves[4])
             results.append([out_ND, *torch.autograd.grad(out_ND.t()[::2].sum(), leaves)])
-    for what, actual, expected in zip(("output", "hidden", "w1", "w2"), *results, strict=True):
-        assert_close(actual, expected, relative=1e-5, what=what)
-
-
-def as_it_is(tensor):
-    return tensor
+    for what, actual, expected in zip(("output", "hidden", "w1", "w2", "b1", "b2"), *results, strict=True):
+        assert_close(actual, expected, relative=relative, what=what)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
