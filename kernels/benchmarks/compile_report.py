@@ -37,6 +37,7 @@ from capgap_kernels import (
     permute,
     relation_kl,
     route,
+    router_logits,
     use_backend,
 )
 
@@ -56,6 +57,14 @@ def decoder_experts() -> None:
 def float32_experts() -> None:
     """384/1536, 4 experts, one choice, in float32 without tf32."""
     _route_and_run_experts(384, 1536, 4, 1, gated=False, dtype=torch.float32, masked=False)
+
+
+def routers() -> None:
+    """384 to 4 experts: bf16 hidden states with a router in float32 (autocast) and in bf16."""
+    for dtype in (torch.float32, torch.bfloat16):
+        weight_ED, bias_E = (torch.zeros(*shape, dtype=dtype, requires_grad=True) for shape in ((4, 384), (4,)))
+        hidden_ND = torch.zeros(64, 384, dtype=torch.bfloat16, requires_grad=True)
+        router_logits(hidden_ND, weight_ED, bias_E).sum().backward()
 
 
 def permute_and_combine() -> None:
@@ -99,6 +108,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "encoder_experts": encoder_experts,
     "decoder_experts": decoder_experts,
     "float32_experts": float32_experts,
+    "routers": routers,
     "permute_and_combine": permute_and_combine,
     "relation_losses": relation_losses,
     "vocabulary_losses": vocabulary_losses,

@@ -10,6 +10,7 @@ from capgap_kernels.linear_kl import linear_kl
 from capgap_kernels.permutation import combine, permute
 from capgap_kernels.reference import Routing
 from capgap_kernels.relation_kl import relation_kl
+from capgap_kernels.router import router_logits
 from capgap_kernels.routing import route
 from capgap_kernels.teacher_signals import DistillationSums, TeacherHead, TeacherLogits, TeacherSamples, TeacherTopK
 
@@ -27,5 +28,6 @@ __all__ = [
     "permute",
     "relation_kl",
     "route",
+    "router_logits",
     "use_backend",
 ]

@@ -69,6 +69,12 @@ class Routing:
         return self.tokens_per_expert_E - self.rows_per_expert_E
 
 
+def router_logits(hidden_ND: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
+    """[N, E]: the linear map to the experts in float32 (float64 for float64 hidden states)."""
+    dtype = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
+    return F.linear(hidden_ND.to(dtype), weight_ED.to(dtype), None if bias_E is None else bias_E.to(dtype))
+
+
 def route(
     router_logits_NE: Tensor,
     *,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, BertConfig, BertModel, PreTrainedModel
 
-from capgap_kernels import Routing, expert_mlp, route
+from capgap_kernels import Routing, expert_mlp, route, router_logits
 from pipeline.config import StudentConfig
 from pipeline.models.bert import last_layer_relations
 from pipeline.models.initialization import copy_bert_layers, fill_minimoe, spread_layers
@@ -16,7 +16,6 @@ from pipeline.models.modeling_minimoe import (
     MiniMoEFeedForward,
     MiniMoELayer,
     MiniMoEModel,
-    router_logits,
 )
 from pipeline.signals import Batch, RouterSignals, Signals
 
@@ -49,7 +48,7 @@ def routed(
     gate: nn.Linear, bias_E: Tensor | None, hidden_ND: Tensor, valid_N: Tensor, jitter: float
 ) -> tuple[Routing, RouterSignals]:
     """Top-1 routing of the valid tokens, with the sums that router losses need."""
-    logits_NE = router_logits(gate, hidden_ND)
+    logits_NE = router_logits(hidden_ND, gate.weight, gate.bias)
     if jitter and gate.training:
         logits_NE = logits_NE + torch.empty_like(logits_NE).uniform_(-jitter, jitter)
     routing = route(logits_NE, top_k=1, selection_bias_E=bias_E, valid_N=valid_N)

@@ -12,7 +12,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 REPORT = REPOSITORY / "kernels/benchmarks/compile_report.py"
 PACKAGE = REPOSITORY / "kernels/capgap_kernels"
-HALF_PRECISION = ["encoder_experts", "permute_and_combine", "relation_losses", "vocabulary_losses"]
+HALF_PRECISION = ["encoder_experts", "routers", "permute_and_combine", "relation_losses", "vocabulary_losses"]
 
 
 def compiled(path: Path, names: list[str], *options: str) -> list[dict]:

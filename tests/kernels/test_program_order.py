@@ -4,19 +4,20 @@ import pytest
 import torch
 from kernel_cases import CASES, draw, draw_logits, draw_valid
 
-from capgap_kernels import combine, expert_mlp, permute, route, use_backend
+from capgap_kernels import combine, expert_mlp, permute, route, router_logits, use_backend
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="orders what the interpreter executes")
 
 
 def layer_and_gradients(case) -> list[torch.Tensor]:
     leaves = [
-        draw_logits(case),
+        draw(case.num_experts, case.hidden, seed=4),
         draw(case.num_tokens, case.hidden, seed=1),
         draw(case.num_experts, case.width, case.hidden, seed=2),
         draw(case.num_experts, case.hidden, case.width, seed=3),
     ]
-    logits_NE, hidden_ND, w1_EFD, w2_EDF = leaves = [leaf.float().requires_grad_() for leaf in leaves]
+    router_ED, hidden_ND, w1_EFD, w2_EDF = leaves = [leaf.float().requires_grad_() for leaf in leaves]
+    logits_NE = router_logits(hidden_ND, router_ED) + draw_logits(case).float()
     routing = route(logits_NE, top_k=case.top_k, valid_N=draw_valid(case), capacity=case.capacity)
     out_ND = expert_mlp(hidden_ND, routing, w1_EFD, w2_EDF) + combine(permute(hidden_ND, routing), routing)
     gradients = torch.autograd.grad([out_ND, routing.z_loss_sum], leaves, [torch.ones_like(out_ND), None])
