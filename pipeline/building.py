@@ -54,6 +54,7 @@ def build_models(config: RunConfig, checked: Checked) -> tuple[Any, Any]:
             seed=config.seed,
             attention=config.engine.attention,
             teacher_width=checked.teacher_config["hidden_size"] if config.loss.hidden_cosine else None,
+            compared_layers=config.loss.compared_layers[0],
         )
         if checked.cache is not None:
             return decoder, CachedTeacher(checked.cache.manifest)
@@ -85,8 +86,11 @@ def place_teacher(config: RunConfig, checked: Checked, teacher: Any, device: Any
         "attention": config.engine.attention,
     }
     if is_sharded:
-        return load_sharded_teacher(checked.teacher_folder, config.teacher, **options, device=device)
-    return load_causal_teacher(checked.teacher_folder, config.teacher, **options).to(device)
+        teacher = load_sharded_teacher(checked.teacher_folder, config.teacher, **options, device=device)
+    else:
+        teacher = load_causal_teacher(checked.teacher_folder, config.teacher, **options).to(device)
+    teacher.compared_layers = config.loss.compared_layers[1]
+    return teacher
 
 
 def describe(config: RunConfig, checked: Checked, student: Any, teacher: Any) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,6 @@
 """What a teacher said about shards, kept beside them: the folder that `capgap cache` writes and the trainer reads.
 
-    signals-00000-of-000NN.arrow    one per shard, Arrow IPC stream, a row per row of the shard
+    signals-00000-of-000NN.arrow    some hundred rows of the shards, in their order, as an Arrow IPC stream
     signals-00000-of-000NN.json     its rows, bytes, hash and what it was made from: written when the file is complete
     manifest.json                   written last: teacher, shards, settings, and every file
 

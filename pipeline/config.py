@@ -151,7 +151,12 @@ class LossConfig:
     jsd_beta: float = 0.5
     """Part of the teacher in the mixture of jsd, between 0 and 1."""
     hidden_cosine: float = 0.0
-    """Decoders: 1 - cosine of the last hidden states, the student's through a linear map that is not exported."""
+    """Decoders: 1 - cosine of hidden states, the student's through linear maps that are not exported."""
+    hidden_layers: tuple[int, ...] | None = None
+    """Layer of the teacher, from 1 on, that each layer of the student imitates by hidden_cosine; 0 leaves one out.
+
+    null compares the last hidden states alone, after the last norm.
+    """
     temperature: float = 1.0
     """Temperature of both sides of the divergence; the cross-entropy has 1."""
     cross_entropy: float = 0.0
@@ -171,14 +176,27 @@ class LossConfig:
     def __post_init__(self) -> None:
         _require(self.num_relation_heads >= 1, "loss.num_relation_heads", self.num_relation_heads, "be at least 1")
         for name, weight in asdict(self).items():
-            if not isinstance(weight, str):
+            if isinstance(weight, int | float):
                 _require(0 <= weight < float("inf"), f"loss.{name}", weight, "be 0 or more")
+        if self.hidden_layers is not None:
+            _require(
+                bool(self.hidden_cosine) and min(self.hidden_layers, default=0) >= 0 and any(self.hidden_layers),
+                "loss.hidden_layers",
+                list(self.hidden_layers),
+                "name layers from 1 on (0 for none), and loss.hidden_cosine must have a weight",
+            )
         _require(self.temperature > 0, "loss.temperature", self.temperature, "be more than 0")
         _require(0 < self.jsd_beta < 1, "loss.jsd_beta", self.jsd_beta, "lie between 0 and 1; the ends are the two KLs")
         _require(self.distillation_hold <= 1, "loss.distillation_hold", self.distillation_hold, "lie between 0 and 1")
         given = [name for name in ("logit_kl", "reverse_kl", "jsd") if getattr(self, name)]
         if len(given) > 1:
             raise ConfigError(f"loss.{given[0]} and loss.{given[1]} are both given - drop one of the two divergences")
+
+    @property
+    def compared_layers(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Layers of the student and, in the same order, of the teacher, from 1 on, whose outputs are compared."""
+        pairs = [(ours, theirs) for ours, theirs in enumerate(self.hidden_layers or (), 1) if theirs]
+        return tuple(ours for ours, _ in pairs), tuple(theirs for _, theirs in pairs)
 
 
 @dataclass(frozen=True)

@@ -44,11 +44,12 @@ def router_z(student: Signals, teacher: Signals, config: LossConfig) -> Tensor:
 
 
 def hidden_cosine(student: Signals, teacher: Signals, config: LossConfig) -> Tensor:
-    """1 - cosine between the teacher's last hidden states and the student's, mapped to the teacher's width."""
-    assert student.mapped_states_BTD is not None and teacher.hidden_states_BTD is not None
-    ours_BTD, theirs_BTD = student.mapped_states_BTD.float(), teacher.hidden_states_BTD.float()
-    distance_BT = 1 - torch.nn.functional.cosine_similarity(ours_BTD, theirs_BTD, dim=-1)
-    return distance_BT.masked_fill(~student.valid_BT, 0.0).sum()
+    """1 - cosine between the teacher's hidden states and the student's, mapped to its width; mean over the layers."""
+    parts = []
+    for ours_BTD, theirs_BTD in zip(student.compared_states, teacher.compared_states, strict=True):
+        distance_BT = 1 - torch.nn.functional.cosine_similarity(ours_BTD.float(), theirs_BTD.float(), dim=-1)
+        parts.append(distance_BT.masked_fill(~student.valid_BT, 0.0).sum())
+    return torch.stack(parts).mean()
 
 
 def next_token(student: Signals, teacher: Signals, config: LossConfig, weights: dict[str, float]) -> "Losses":

@@ -69,6 +69,8 @@ def check_run(config: RunConfig, world_size: int) -> Checked:
         check(check_vocabulary, shards, teacher_folder)
     if teacher_config and not is_decoder:
         check(check_relation_heads, config, teacher_config)
+    if teacher_config and is_decoder and config.loss.hidden_layers is not None:
+        check(check_hidden_layers, config, teacher_config)
     if shards and teacher_config:
         check(check_length, shards, teacher_config)
         check(check_head, shards, teacher_config, f"teacher.model {name}")
@@ -208,6 +210,19 @@ def check_relation_heads(config: RunConfig, teacher_config: dict[str, Any]) -> N
                 f"loss.num_relation_heads ({config.loss.num_relation_heads}) does not divide the {side}'s width "
                 f"({width}) - choose a common divisor of both widths"
             )
+
+
+def check_hidden_layers(config: RunConfig, teacher_config: dict[str, Any]) -> None:
+    """Every layer of the student has its entry, and every entry is a layer of the teacher."""
+    source = config.student.init_from
+    folder = find_model_folder(source if source != "teacher" else config.teacher.model) if source else None
+    ours = read_model_config(folder)["num_hidden_layers"] if folder else config.student.num_hidden_layers
+    layers, theirs = config.loss.hidden_layers or (), teacher_config["num_hidden_layers"]
+    if len(layers) != ours or max(layers) > theirs:
+        raise ConfigError(
+            f"loss.hidden_layers ({list(layers)}) must give each of the student's {ours} layers a layer of the teacher "
+            f"from 1 to {theirs}, or 0 for none"
+        )
 
 
 def check_init_layers(config: RunConfig, init_folder: Path | None) -> None:

@@ -51,8 +51,8 @@ class Signals:
     """[B, T] bool, the tokens that losses count."""
     hidden_states_BTD: Tensor | None = None
     """Last hidden states."""
-    mapped_states_BTD: Tensor | None = None
-    """The student's last hidden states in the teacher's width."""
+    compared_states: tuple[Tensor, ...] = ()
+    """Hidden states [B, T, D] in the teacher's width that are compared one by one; the student's are mapped to it."""
     head_VD: Tensor | None = None
     """Weight of the language-model head. The logits are never held: losses compute them chunk by chunk."""
     head_bias_V: Tensor | None = None

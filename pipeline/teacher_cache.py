@@ -28,6 +28,7 @@ from pipeline.preflight import check_head, check_vocabulary
 
 REPORTED_K = (8, 16, 32, 64, 128, 256)
 LOGIT_BYTES = 64 * 2**20  # float32 logits that are alive at a time
+FILE_BYTES = 256 * 10**6
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,20 @@ class CacheConfig:
     """Arithmetic of the teacher."""
     batch_rows: int = 8
     """Rows that go through the teacher together."""
+    rows_per_file: int | None = None
+    """Rows of one file, which is what a kill costs and what an array job deals out; default: about 256 MB of them."""
     seed: int = 0
     """Seed of the draws."""
     task_index: int | None = None
     """This task of an array job; default: SLURM_ARRAY_TASK_ID when --num-tasks is above 1."""
     num_tasks: int = 1
-    """Tasks of the array job: shard i belongs to task i modulo this. The last to finish writes the manifest."""
+    """Tasks of the array job: file i belongs to task i modulo this. The last to finish writes the manifest."""
     dry_run: bool = False
     """Only report bytes and bias on the first rows."""
 
     def __post_init__(self) -> None:
-        for name in ("k", "batch_rows", "num_tasks"):
-            if getattr(self, name) < 1:
+        for name in ("k", "batch_rows", "rows_per_file", "num_tasks"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} ({getattr(self, name)}) must be at least 1")
         if not self.temperature > 0:
             raise ConfigError(f"--temperature ({self.temperature}) must be more than 0")
@@ -71,13 +74,13 @@ class CacheConfig:
 
 @reports_errors
 def main(argv: list[str] | None = None) -> int:
-    """Prints the report, then writes what is missing of this task's shards."""
+    """Prints the report, then writes what is missing of this task's files."""
     cache(tyro.cli(CacheConfig, args=argv, prog="capgap cache"))
     return 0
 
 
 def cache(config: CacheConfig) -> None:
-    """Runs the teacher over the shards of one task."""
+    """Runs the teacher over the rows of one task."""
     shards = open_shards(config.shards)
     if shards.manifest.rows != "lm-blocks":
         raise DataError(f"--shards: {config.shards} holds {shards.manifest.rows} - prepare it with --rows lm-blocks")
@@ -92,7 +95,9 @@ def cache(config: CacheConfig) -> None:
         "shards": shards.manifest.fingerprint,
         **{name: getattr(config, name) for name in ("signal", "k", "temperature", "precision", "batch_rows", "seed")},
     }
-    count = len(shards.manifest.shards)
+    files = cut_into_files(config, shards, num_ids)
+    count = len(files)
+    made_from["rows_per_file"] = len(files[0])
     task = task_of(config)
     mine = range(task, count, config.num_tasks)
     make_folder(config.out)
@@ -103,13 +108,22 @@ def cache(config: CacheConfig) -> None:
             report(config, shards, teacher)
             if config.dry_run:
                 return
-            rows = sum(shards.manifest.shards[index].rows for index in missing)
+            rows = sum(len(files[index]) for index in missing)
             size = rows * shards.manifest.length * bytes_per_token(config.signal, config.k, num_ids)
             require_free_space(config.out, size)
             with Progress("cache", rows, unit="rows") as progress:
                 for index in missing:
-                    write_signals(config, shards, teacher, index, made_from, progress)
-        finish(config, shards, made_from, num_ids)
+                    path = config.out / signals_name(index, count)
+                    write_signals(path, shards, teacher, files[index], made_from, progress)
+        finish(config, shards, count, made_from, num_ids)
+
+
+def cut_into_files(config: CacheConfig, shards: ShardSet, num_ids: int) -> list[range]:
+    """The rows of each file: whole batches, so that the draws do not depend on where files end."""
+    per_row = shards.manifest.length * bytes_per_token(config.signal, config.k, num_ids)
+    batches = (config.rows_per_file or FILE_BYTES // per_row) // config.batch_rows
+    rows = max(1, batches) * config.batch_rows
+    return [range(first, min(first + rows, len(shards))) for first in range(0, len(shards), rows)]
 
 
 def task_of(config: CacheConfig) -> int:
@@ -236,23 +250,18 @@ def spoken(num_bytes: float) -> str:
 
 
 def write_signals(
-    config: CacheConfig, shards: ShardSet, teacher: TeacherRunner, index: int, made_from: dict, progress: Progress
+    path: Path, shards: ShardSet, teacher: TeacherRunner, rows: range, made_from: dict[str, Any], progress: Progress
 ) -> None:
-    """Writes the file of one shard, batch by batch, and then its record."""
+    """Writes the file of these rows, batch by batch, and then its record."""
     import numpy as np
     import pyarrow as pa
 
-    path = config.out / signals_name(index, len(shards.manifest.shards))
-    first = sum(shard.rows for shard in shards.manifest.shards[:index])
-    rows = shards.manifest.shards[index].rows
-    total, count = 0.0, 0
+    batch_rows, total, count = teacher.config.batch_rows, 0.0, 0
     with replacing_file(path) as file:
         stream = None
-        for start in range(0, rows, config.batch_rows):
-            stop = min(start + config.batch_rows, rows)
-            packed, measured, counted = teacher.signals(
-                shards.read(np.arange(first + start, first + stop)), first + start
-            )
+        for start in range(rows.start, rows.stop, batch_rows):
+            stop = min(start + batch_rows, rows.stop)
+            packed, measured, counted = teacher.signals(shards.read(np.arange(start, stop)), start)
             total, count = total + measured, count + counted
             columns = {
                 name: pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
@@ -265,14 +274,13 @@ def write_signals(
             progress.advance(stop - start)
         assert stream is not None
         stream.close()
-    entry = {"file": path.name, "rows": rows, "rows_per_batch": config.batch_rows, "bytes": file.num_bytes}
+    entry = {"file": path.name, "rows": len(rows), "rows_per_batch": batch_rows, "bytes": file.num_bytes}
     record = {"made_from": made_from, "entry": {**entry, "hash": file.hexdigest()}, "total": total, "tokens": count}
     write_json(path.with_suffix(".json"), record)
 
 
-def finish(config: CacheConfig, shards: ShardSet, made_from: dict[str, Any], num_ids: int) -> None:
+def finish(config: CacheConfig, shards: ShardSet, count: int, made_from: dict[str, Any], num_ids: int) -> None:
     """Writes the manifest when the files of all tasks are there."""
-    count = len(shards.manifest.shards)
     records = [finished(config.out, index, count, made_from) for index in range(count)]
     whole = [record for record in records if record is not None]
     if len(whole) < count:

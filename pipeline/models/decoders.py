@@ -1,5 +1,7 @@
 """Decoders in training: students and teachers turn packed rows into hidden states and a head, never into logits."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,25 @@ LOGIT_SETTINGS = {"final_logit_softcapping": None, "logit_scale": 1, "logits_sca
 class DecoderStudent(nn.Module):
     """A causal language model of transformers; a mixture-of-experts one reports its routers."""
 
-    def __init__(self, backbone: PreTrainedModel, *, num_ids: int, teacher_width: int | None = None):
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        *,
+        num_ids: int,
+        teacher_width: int | None = None,
+        compared_layers: tuple[int, ...] = (),
+    ):
+        """
+        Args:
+            teacher_width: of the hidden states to which the student's are mapped for a loss; None: there is none.
+            compared_layers: from 1 on, those whose outputs are mapped; () maps the last hidden states.
+        """
         super().__init__()
         self.backbone = backbone
-        width = backbone.config.hidden_size
-        self.to_teacher = None if teacher_width is None else nn.Linear(width, teacher_width, bias=False)
+        self.compared_layers = compared_layers
+        width, count = backbone.config.hidden_size, max(1, len(compared_layers))
+        maps = [] if teacher_width is None else [nn.Linear(width, teacher_width, bias=False) for _ in range(count)]
+        self.to_teacher = nn.ModuleList(maps)
         self.num_ids = num_ids
         self.router_names = tuple(name for name, module in backbone.base_model.named_modules() if is_mixture(module))
         self._rotary = {name: buffer.clone() for name, buffer in backbone.named_buffers() if name.endswith("inv_freq")}
@@ -41,12 +57,14 @@ class DecoderStudent(nn.Module):
         return self
 
     def forward(self, batch: Batch) -> Signals:
-        encoded = run_packed(self.backbone, batch, output_router_logits=bool(self.router_names))
+        with outputs_of(self.backbone.base_model, self.compared_layers) as states:
+            encoded = run_packed(self.backbone, batch, output_router_logits=bool(self.router_names))
+        compared = states or [encoded.last_hidden_state]
         head = self.backbone.get_output_embeddings()
         return Signals(
             valid_BT=batch.valid_BT,
             hidden_states_BTD=encoded.last_hidden_state,
-            mapped_states_BTD=None if self.to_teacher is None else self.to_teacher(encoded.last_hidden_state),
+            compared_states=tuple(linear(state) for linear, state in zip(self.to_teacher, compared, strict=False)),
             head_VD=head.weight,
             head_bias_V=head.bias,
             num_ids=self.num_ids,
@@ -86,11 +104,35 @@ def run_packed(model: PreTrainedModel, batch: Batch, **wanted: Any) -> Any:
     return model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **wanted)
 
 
+@contextmanager
+def outputs_of(body: Any, layers: tuple[int, ...]) -> Iterator[list[Tensor]]:
+    """A list that a forward within the block fills with the outputs of these layers, counted from 1, in their order."""
+    found: dict[int, Tensor] = {}
+    states: list[Tensor] = []
+
+    def keep(number: int, output: Any) -> None:
+        found[number] = output if isinstance(output, Tensor) else output[0]
+
+    with ExitStack() as hooks:
+        for number in set(layers):
+            layer = body.layers[number - 1]
+            hook = layer.register_forward_hook(lambda _, __, output, number=number: keep(number, output))
+            hooks.callback(hook.remove)
+        yield states
+    states.extend(found[number] for number in layers)
+
+
 class CausalTeacher(nn.Module):
     """A frozen causal language model that hands over hidden states and head, a few rows at a time."""
 
-    def __init__(self, model: PreTrainedModel, *, micro_size: int | None = None):
+    def __init__(self, model: PreTrainedModel, *, micro_size: int | None = None, compared_layers: tuple[int, ...] = ()):
+        """
+        Args:
+            micro_size: rows that go through it together; None: all.
+            compared_layers: from 1 on, whose outputs a loss reads; () offers the last hidden states.
+        """
         super().__init__()
+        self.compared_layers = compared_layers
         model.eval().requires_grad_(False)
         self.body: Any = model.base_model
         self.head: Any = model.get_output_embeddings()
@@ -100,14 +142,17 @@ class CausalTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, batch: Batch) -> Signals:
         rows = self.micro_size or len(batch.input_ids)
-        hidden_BTD = torch.cat(
-            [
-                self.body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
-                for ids, positions in zip(batch.input_ids.split(rows), batch.position_ids.split(rows), strict=True)
-            ]
-        )
+        parts = []
+        for ids, positions in zip(batch.input_ids.split(rows), batch.position_ids.split(rows), strict=True):
+            with outputs_of(self.body, self.compared_layers) as states:
+                last = self.body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+            parts.append([last, *states])
+        hidden_BTD, *compared = (torch.cat(part) for part in zip(*parts, strict=True))
+        compared = compared or [hidden_BTD]
         said = TeacherHead(hidden_BTD.flatten(0, 1), self.head.weight, self.head.bias)
-        return Signals(valid_BT=batch.valid_BT, hidden_states_BTD=hidden_BTD, next_token=said)
+        return Signals(
+            valid_BT=batch.valid_BT, hidden_states_BTD=hidden_BTD, compared_states=tuple(compared), next_token=said
+        )
 
 
 class NoTeacher(nn.Module):
@@ -186,6 +231,7 @@ def build_decoder(
     init_folder: Path | None,
     seed: int,
     teacher_width: int | None = None,
+    compared_layers: tuple[int, ...] = (),
     attention: str = "sdpa",
 ) -> DecoderStudent:
     """A decoder with its first weights: those of a folder, or random ones of its shape or of the recipe's sizes.
@@ -194,6 +240,7 @@ def build_decoder(
         manifest: of the shards, whose tokenizer and row length a decoder of the recipe's sizes takes over.
         init_folder: AutoModelForCausalLM folder; None builds a LLaMA from the recipe's sizes.
         teacher_width: of the hidden states to which the student's are mapped for a loss; None: there is no such loss.
+        compared_layers: from 1 on, whose outputs are mapped; () maps the last hidden states.
     """
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": attention}
     # The caller's random state stays as it was, so that a resumed run draws what the unbroken run drew.
@@ -206,7 +253,12 @@ def build_decoder(
         else:
             backbone = AutoModelForCausalLM.from_pretrained(init_folder, use_safetensors=True, **options)
         check_logits(backbone.config, "student.init_from")
-        return DecoderStudent(backbone, num_ids=manifest.tokenizer["vocab_size"], teacher_width=teacher_width)
+        return DecoderStudent(
+            backbone,
+            num_ids=manifest.tokenizer["vocab_size"],
+            teacher_width=teacher_width,
+            compared_layers=compared_layers,
+        )
 
 
 def llama_config(config: StudentConfig, manifest: Manifest) -> LlamaConfig:

@@ -53,7 +53,7 @@ def two_ranks(engine_recipe, decoder_recipe, zero_3_whatever_the_size):
             micro=4,
             recipe=decoder_recipe,
             # Adam turns the rounding of gradients near 0 into steps of full size; not so with this.
-            flags=("--optimizer.epsilon", "1e-5"),
+            flags=("--optimizer.epsilon", "1e-5", "--loss.hidden_cosine", "0.2", "--loss.hidden_layers", "[0, 2]"),
             save=folder / "c",
         ),
         "ZeRO 2 offloaded, recomputed": case("zero2_offload", experts=2, micro=8, recompute=True, reseed=True),

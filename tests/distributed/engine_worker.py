@@ -35,6 +35,8 @@ DECODER_WEIGHTS = {"logit_kl": 0.5, "cross_entropy": 0.5, **ROUTER_WEIGHTS}
 
 def summed_loss(student: Any, teacher: Any, config: RunConfig) -> torch.Tensor:
     weights = DECODER_WEIGHTS if config.student.architecture == "decoder" else ENCODER_WEIGHTS
+    if config.loss.hidden_cosine:
+        weights = weights | {"hidden_cosine": config.loss.hidden_cosine}
     return compute_losses(weights, student, teacher, config.loss).total
 
 

@@ -36,12 +36,19 @@ def main() -> None:
         forget_peak()
         teacher = load_sharded_teacher(folder, config, dtype=torch.float32, attention="sdpa", device=ranks.device)
         loading = memory("VmHWM") - before
-        said = teacher(batch).next_token
+        teacher.compared_layers = (1,)
+        seen = teacher(batch)
+        said = seen.next_token
         logits = said.hidden_ND @ said.head_VD.T
         running = memory("VmHWM") - before
         held = sum(parameter.ds_tensor.numel() for parameter in teacher.body.parameters()) * 4
         del teacher
-        whole = load_causal_teacher(folder, config, dtype=torch.float32)(batch).next_token
+        whole = load_causal_teacher(folder, config, dtype=torch.float32)
+        whole.compared_layers = (1,)
+        expected = whole(batch)
+        assert seen.compared_states[0].equal(expected.compared_states[0])
+        assert not seen.compared_states[0].equal(seen.hidden_states_BTD)
+        whole = expected.next_token
         difference = float((logits - whole.hidden_ND @ whole.head_VD.T).abs().max())
         found[folder.name] = {"loading": loading, "running": running, "held": held, "difference": difference}
     (out / f"rank-{ranks.rank}.json").write_text(json.dumps(found))

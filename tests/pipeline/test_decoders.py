@@ -113,13 +113,51 @@ def test_hidden_states_are_compared_in_the_teachers_width(batch):
     weights = active_losses(config, has_routers=False, is_decoder=True)
     seen, said = student(batch), teacher(batch)
     losses = compute_losses(weights, seen, said, config)
-    valid = batch.valid_BT
-    ours = student.to_teacher(seen.hidden_states_BTD)[valid]
+    valid, (linear,) = batch.valid_BT, student.to_teacher
+    ours = linear(seen.hidden_states_BTD)[valid]
     expected = (1 - F.cosine_similarity(ours, said.hidden_states_BTD[valid], dim=-1)).sum()
     torch.testing.assert_close(losses.parts["hidden_cosine"], expected)
     torch.testing.assert_close(losses.total, 2 * expected)
     losses.total.backward()
-    assert student.to_teacher.weight.grad.any() and "to_teacher.weight" not in dict(student.backbone.named_parameters())
+    assert linear.weight.grad.any() and not any("to_teacher" in name for name, _ in student.backbone.named_parameters())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_layers_are_compared_with_the_layers_that_the_recipe_names(batch, recompute):
+    config = LossConfig(hidden_cosine=1.0, hidden_layers=(1, 0, 3))
+    ours, theirs = config.compared_layers
+    assert (ours, theirs) == ((1, 3), (1, 3))
+    backbone = build_model("mixtral", num_hidden_layers=3)
+    student = DecoderStudent(backbone, num_ids=len(WORDS), teacher_width=40, compared_layers=ours).train()
+    if recompute:
+        backbone.gradient_checkpointing_enable()
+    model = build_model("llama", seed=1, hidden_size=40, num_hidden_layers=3)
+    teacher = CausalTeacher(model, micro_size=1, compared_layers=theirs)
+    losses = compute_losses({"hidden_cosine": 1.0}, student(batch), teacher(batch), config)
+    losses.total.backward()
+    gradients = {
+        name: parameter.grad.clone() for name, parameter in student.named_parameters() if parameter.grad is not None
+    }
+    student.zero_grad()
+
+    # transformers' own hidden states: the first is the embedding, the last one is normed.
+    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+    backbone.gradient_checkpointing_disable()
+    before_norm = []
+    backbone.model.norm.register_forward_pre_hook(lambda _, given: before_norm.append(given[0]))
+    model.model.norm.register_forward_pre_hook(lambda _, given: before_norm.append(given[0]))
+    states = [backbone.model(**inputs, output_hidden_states=True).hidden_states[1]]
+    with torch.no_grad():
+        goals = [model.model(**inputs, output_hidden_states=True).hidden_states[1]]
+    states, goals = [states[0], before_norm[0]], [goals[0], before_norm[1]]
+    expected = 0
+    for linear, state, goal in zip(student.to_teacher, states, goals, strict=True):
+        expected += (1 - F.cosine_similarity(linear(state), goal, dim=-1))[batch.valid_BT].sum() / 2
+    torch.testing.assert_close(losses.parts["hidden_cosine"], expected)
+    expected.backward()
+    assert any("experts" in name for name in gradients) and any("to_teacher.1" in name for name in gradients)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, student.get_parameter(name).grad, atol=1e-6, rtol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
@@ -221,6 +259,9 @@ def test_padded_and_longer_vocabularies_are_read_up_to_the_shards_last_id(folder
         (["--loss.reverse_kl", "1"], ["loss.logit_kl and loss.reverse_kl"]),
         (["--student.architecture", "minimoe"], ["bert-pairs"]),
         (["--loss.hidden_cosine", "1", "--teacher.model", "null"], ["loss.hidden_cosine"]),
+        (["--loss.hidden_cosine", "1", "--loss.hidden_layers", "[1, 9]"], ["loss.hidden_layers ([1, 9])", "1 to 2"]),
+        (["--loss.hidden_cosine", "1", "--loss.hidden_layers", "[1]"], ["the student's 2 layers"]),
+        (["--loss.hidden_layers", "[1, 1]"], ["loss.hidden_layers", "loss.hidden_cosine must have a weight"]),
         (["--student.dropout", "0.1"], ["student.dropout (0.1)"]),
         (["--loss.temperature", "0"], ["loss.temperature (0.0)"]),
     ],

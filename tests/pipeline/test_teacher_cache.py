@@ -18,7 +18,7 @@ from pipeline.preflight import check_run
 from pipeline.teacher_cache import CacheConfig, cache, main
 from tiny_decoders import RECIPE, WORDS, build_model, write_blocks, write_decoder
 
-ROWS = 21  # two shards, neither a multiple of the batch of 8
+ROWS = 21  # two files, the second not a multiple of the batch of 8
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def folders(tmp_path_factory):
     write_decoder(root / "student", "mixtral")
     write_blocks(root / "rows", rows=ROWS)
     write_blocks(root / "other", rows=ROWS, seed=1)
-    common = {"teacher": str(root / "teacher"), "shards": root / "rows"}
+    common = {"teacher": str(root / "teacher"), "shards": root / "rows", "rows_per_file": 16}
     cache(CacheConfig(**common, out=root / "topk", k=8, temperature=2.0))
     cache(CacheConfig(**common, out=root / "full", k=len(WORDS), temperature=2.0))
     cache(CacheConfig(**common, out=root / "sampled", signal="sampled", k=400))
@@ -113,8 +113,10 @@ class Killed(BaseException):
     pass
 
 
-def test_a_killed_cache_goes_on_with_the_next_shard_and_ends_with_the_same_bytes(folders, tmp_path):
-    config = CacheConfig(str(folders / "teacher"), folders / "rows", tmp_path / "out", k=8, temperature=2.0)
+def test_a_killed_cache_goes_on_with_the_next_file_and_ends_with_the_same_bytes(folders, tmp_path):
+    config = CacheConfig(
+        str(folders / "teacher"), folders / "rows", tmp_path / "out", k=8, temperature=2.0, rows_per_file=16
+    )
 
     def kill_at_the_second_file(operation, path):
         if operation == "rename" and path.name == "signals-00001-of-00002.arrow":
@@ -128,11 +130,27 @@ def test_a_killed_cache_goes_on_with_the_next_shard_and_ends_with_the_same_bytes
     for path in (folders / "topk").glob("signals-*"):
         assert (config.out / path.name).read_bytes() == path.read_bytes()
     with pytest.raises(CapgapError, match="begun with another k"):
-        cache(CacheConfig(str(folders / "teacher"), folders / "rows", tmp_path / "out", k=9, temperature=2.0))
+        cache(
+            CacheConfig(
+                str(folders / "teacher"), folders / "rows", tmp_path / "out", k=9, temperature=2.0, rows_per_file=16
+            )
+        )
+
+
+def test_what_is_stored_about_a_row_does_not_depend_on_where_files_end(folders, tmp_path):
+    config = CacheConfig(
+        str(folders / "teacher"), folders / "rows", tmp_path / "out", signal="sampled", k=400, rows_per_file=1
+    )
+    cache(config)
+    signals, rows = CachedSignals(config.out), np.arange(ROWS)
+    assert [entry["rows"] for entry in signals.manifest.files] == [8, 8, 5]  # whole batches
+    for name, column in CachedSignals(folders / "sampled").read(rows).items():
+        assert (signals.read(rows)[name] == column).all()
 
 
 def test_two_tasks_make_what_one_makes(folders, tmp_path, capsys):
     common = {"teacher": str(folders / "teacher"), "shards": folders / "rows", "out": tmp_path / "out"}
+    common["rows_per_file"] = 16
     for task in (1, 0):
         cache(CacheConfig(**common, k=8, temperature=2.0, num_tasks=2, task_index=task))
         assert ("1 of 2 files are left to other tasks" in capsys.readouterr().out) == (task == 1)
