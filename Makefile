@@ -51,17 +51,23 @@ demo-llm: .venv/installed
 	capgap tokenizer train --source $(SAMPLE_DUMP) --vocab-size 2048 --out demo-llm/tokenizer
 	capgap prepare --source $(SAMPLE_DUMP) --tokenizer demo-llm/tokenizer --rows lm-blocks --length 128 --out demo-llm/shards
 	deepspeed -q --num_gpus 2 --module pipeline.distill --config pipeline/recipes/tiny-llm-teacher.yaml
-	capgap prune --model demo-llm/teacher/export --shards demo-llm/shards --num-layers 3 --intermediate-size 256 --out demo-llm/pruned
+	capgap prune --model demo-llm/teacher/export --shards demo-llm/shards --num-layers 2 --hidden-size 128 --num-heads 4 --intermediate-size 256 --out demo-llm/pruned
 	capgap upcycle --model demo-llm/pruned --num-experts 4 --top-k 2 --out demo-llm/mixture
 	deepspeed -q --num_gpus 2 --module pipeline.distill --config pipeline/recipes/tiny-llm.yaml
+	deepspeed -q --num_gpus 2 --module pipeline.distill --config pipeline/recipes/tiny-llm-text.yaml
 	deepspeed -q --num_gpus 2 --module pipeline.distill --config pipeline/recipes/tiny-llm-scratch.yaml
 	capgap score --model demo-llm/teacher/export --out demo-llm/teacher $(LLM_SCORE)
 	capgap score --model demo-llm/student/export --out demo-llm/student $(LLM_SCORE)
+	capgap score --model demo-llm/text/export --out demo-llm/text $(LLM_SCORE)
 	capgap score --model demo-llm/scratch/export --out demo-llm/scratch $(LLM_SCORE)
-	capgap report demo-llm/teacher demo-llm/student demo-llm/scratch --out demo-llm/report
+	capgap report teacher=demo-llm/teacher distilled=demo-llm/student same-start-text-alone=demo-llm/text \
+		random-start-text-alone=demo-llm/scratch --out demo-llm/report
+	@echo
+	@echo "Report: demo-llm/report/report.html"
 
 SAMPLE_DUMP = data_prep/samples/wikipedia/enwiki-2016-sample.xml.bz2
-LLM_SCORE = --tasks perplexity --data data_prep/samples --max-length 128 --throughput-batch-size 0
+LLM_SCORE = --tasks perplexity agreement --teacher demo-llm/teacher/export --data data_prep/samples --max-length 128 \
+	--throughput-batch-size 0
 
 lint: .venv/installed
 	ruff check .
@@ -85,6 +91,7 @@ faults-data: .venv/installed
 # Correctness of every kernel on the GPU at hand, then its speed beside its peers; writes kernels/benchmarks/results/.
 bench-gpu: .venv/installed
 	python kernels/benchmarks/bench_gpu.py
+	python -m pipeline.benchmarks.bench_llm
 
 clean:
 	rm -rf demo-out demo-llm runs .pytest_cache .mypy_cache .ruff_cache

@@ -8,7 +8,7 @@ from typing import Any
 from data_prep.errors import DataError
 
 
-def find_model_folder(name: str, *, revision: str | None = None) -> Path:
+def find_model_folder(name: str, *, revision: str | None = None, with_weights: bool = True) -> Path:
     """The local folder of a model named by path, hub name, or `package:NAME` (a folder inside a Python package).
 
     Raises DataError naming the missing file and how to get it.
@@ -20,10 +20,11 @@ def find_model_folder(name: str, *, revision: str | None = None) -> Path:
         if not folder.is_dir():
             raise DataError(f"model folder not found: {name} - no such folder - give a Hugging Face model folder")
     else:
-        folder = _hub_folder(name, revision)
+        folder = _hub_folder(name, revision, with_weights)
     config = read_model_config(folder)
     del config
-    check_weights(folder)
+    if with_weights:
+        check_weights(folder)
     return folder
 
 
@@ -40,10 +41,10 @@ def package_folder(name: str) -> Path:
     return configs[0].parent
 
 
-def _hub_folder(name: str, revision: str | None) -> Path:
+def _hub_folder(name: str, revision: str | None, with_weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.py"]
+    wanted = ["*.json", "*.model", "*.txt", "*.py", *(["*.safetensors"] if with_weights else [])]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as error:  # The hub client raises a dozen kinds for gated, missing, offline and refused.

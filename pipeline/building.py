@@ -34,11 +34,14 @@ def print_plan(config: RunConfig, checked: Checked, world_size: int) -> None:
 
 
 def build_models(config: RunConfig, checked: Checked) -> tuple[Any, Any]:
-    """The student with its first weights and the frozen teacher, on the CPU; of a decoder teacher only the outline."""
+    """Student and frozen teacher on the CPU: encoders with their weights, of decoders only the outlines.
+
+    A run that cannot fit is refused before a decoder's weights are read; `load_models` reads them.
+    """
     import torch
     import transformers
 
-    from pipeline.models.decoders import CachedTeacher, CausalTeacher, NoTeacher, build_decoder, outline_of_decoder
+    from pipeline.models.decoders import CachedTeacher, CausalTeacher, NoTeacher, outline_of_teacher
     from pipeline.models.students import build_student
     from pipeline.models.teachers import load_teacher
 
@@ -47,20 +50,12 @@ def build_models(config: RunConfig, checked: Checked) -> tuple[Any, Any]:
     transformers.utils.logging.set_verbosity_error()
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
     if config.student.architecture == "decoder":
-        decoder = build_decoder(
-            config.student,
-            checked.shards.manifest,
-            init_folder=checked.init_folder,
-            seed=config.seed,
-            attention=config.engine.attention,
-            teacher_width=checked.teacher_config["hidden_size"] if config.loss.hidden_cosine else None,
-            compared_layers=config.loss.compared_layers[0],
-        )
+        decoder = decoder_student(config, checked, is_outline=True)
         if checked.cache is not None:
             return decoder, CachedTeacher(checked.cache.manifest)
         if checked.teacher_folder is None:
             return decoder, NoTeacher()
-        outline = outline_of_decoder(
+        outline = outline_of_teacher(
             checked.teacher_folder, config.teacher, dtype=dtype, attention=config.engine.attention
         )
         return decoder, CausalTeacher(outline, micro_size=config.teacher.micro_size)
@@ -71,8 +66,31 @@ def build_models(config: RunConfig, checked: Checked) -> tuple[Any, Any]:
     return student, load_teacher(checked.teacher_folder, config.teacher, dtype=dtype)
 
 
-def place_teacher(config: RunConfig, checked: Checked, teacher: Any, device: Any, *, is_sharded: bool) -> Any:
-    """The teacher with its weights, whole on this rank's device or with its layers sharded over the ranks."""
+def decoder_student(config: RunConfig, checked: Checked, *, is_outline: bool) -> Any:
+    from pipeline.models.decoders import build_decoder
+
+    return build_decoder(
+        config.student,
+        checked.shards.manifest,
+        init_folder=checked.init_folder,
+        seed=config.seed,
+        attention=config.engine.attention,
+        teacher_width=checked.teacher_config["hidden_size"] if config.loss.hidden_cosine else None,
+        compared_layers=config.loss.compared_layers[0],
+        is_outline=is_outline,
+    )
+
+
+def load_models(
+    config: RunConfig, checked: Checked, student: Any, teacher: Any, device: Any, *, is_sharded: bool
+) -> tuple[Any, Any]:
+    """The student with its weights and the teacher on this rank's device, or its layers sharded over the ranks."""
+    if config.student.architecture == "decoder":
+        student = decoder_student(config, checked, is_outline=False)
+    return student, _load_teacher(config, checked, teacher, device, is_sharded=is_sharded)
+
+
+def _load_teacher(config: RunConfig, checked: Checked, teacher: Any, device: Any, *, is_sharded: bool) -> Any:
     import torch
 
     from pipeline.models.decoders import CausalTeacher, load_causal_teacher

@@ -16,7 +16,7 @@ from data_prep.errors import CapgapError, NumericsError
 from data_prep.files import make_folder, write_json
 from data_prep.locks import folder_lock
 from data_prep.progress import Progress
-from pipeline.building import build_models, describe, place_teacher, print_plan, require_resources
+from pipeline.building import build_models, describe, load_models, print_plan, require_resources
 from pipeline.config import RunConfig, load_run_config, print_fields
 from pipeline.failures import explain
 from pipeline.preflight import Checked, check_run
@@ -205,7 +205,7 @@ def distill(config: RunConfig, checked: Checked) -> int:
     is_sharded = ranks.gather(is_sharded)[0]
     if is_sharded:
         say(ranks.rank, f"teacher: its layers are sharded over {ranks.world_size} ranks")
-    teacher = place_teacher(config, checked, teacher, ranks.device, is_sharded=is_sharded)
+    student, teacher = load_models(config, checked, student, teacher, ranks.device, is_sharded=is_sharded)
     record = {"config": asdict(config), "data_fingerprint": checked.shards.manifest.fingerprint, **sizes}
     torch.manual_seed(config.seed * 1_000_003 + ranks.rank)
     engine = start_engine(student, config, ranks)

@@ -169,3 +169,16 @@ def dtype_bytes(config: Any) -> int:
     """Bytes per weight in the dtype that the config names."""
     dtype = getattr(config, "dtype", None) or torch.float32
     return torch.empty(0, dtype=dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype))).element_size()
+
+
+def size_of(config: Any) -> str:
+    """Parameters, those that a token meets, and bytes of the model that a transformers config describes."""
+    from transformers import AutoModelForCausalLM
+
+    from pipeline.models.sizes import num_active_parameters, num_parameters
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    count, active = num_parameters(model), num_active_parameters(model)
+    chosen = "" if active == count else f" ({active:,} active)"
+    return f"{count:,} parameters{chosen}, {count * dtype_bytes(config) / 1e9:.2f} GB"

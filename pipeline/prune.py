@@ -46,6 +46,8 @@ class PruneConfig:
     """Tokens of each row that are read."""
     batch_rows: int = 8
     """Rows that go through a layer together."""
+    dry_run: bool = False
+    """Only print shapes, parameters and bytes; needs no weights and no shards."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -90,17 +92,22 @@ def prune(config: PruneConfig) -> None:
     from data_prep.model_folders import find_model_folder
     from data_prep.shards import open_shards
     from pipeline.importance import Calibration, Notes, measure
-    from pipeline.model_files import PARTIAL, ModelFiles, config_of, dtype_bytes, is_written, write_model
+    from pipeline.model_files import PARTIAL, ModelFiles, config_of, dtype_bytes, is_written, size_of, write_model
 
-    source = ModelFiles(find_model_folder(config.model))
-    dense = config_of(source.folder)
+    folder = find_model_folder(config.model, with_weights=not config.dry_run)
+    dense = config_of(folder)
     before, after = shape_of(dense), target_shape(config, dense)
+    if config.dry_run:
+        print(f"{config.model}: {asdict(before)}, {size_of(dense)}")
+        print(f"{config.out}: {asdict(after)}, {size_of(target_config(dense, after, list(range(after.num_layers))))}")
+        return
+    source = ModelFiles(folder)
     shards = open_shards(config.shards)
     if shards.manifest.rows != "lm-blocks":
         raise DataError(f"--shards: {config.shards} holds {shards.manifest.rows} - prepare it with --rows lm-blocks")
     if shards.manifest.tokenizer["vocab_size"] > dense.vocab_size:
         raise DataError(f"--shards: {config.shards} has more ids than the model - use the model's tokenizer")
-    settings = {key: value for key, value in asdict(config).items() if key not in ("model", "shards", "out")}
+    settings = {key: value for key, value in asdict(config).items() if key not in ("model", "shards", "out", "dry_run")}
     made_from = {"source": source.fingerprint(), "shards": shards.manifest.fingerprint, **settings}
     if is_written(config.out, made_from):
         print(f"{config.out} is complete already: nothing to do")
@@ -122,7 +129,7 @@ def prune(config: PruneConfig) -> None:
     pieces: dict[str, Callable[[], dict[str, Any]]] = {"embeddings": partial(cut_outer, source, dense, kept)}
     for new, old in enumerate(kept.layers):
         pieces[f"layer {old}"] = partial(cut_layer, source, kept, dense, old=old, new=new)
-    target = target_config(dense, after, kept)
+    target = target_config(dense, after, kept.layers)
     layer = after.hidden_size * (2 * (after.num_heads + after.num_kv_heads) * head_width(dense))
     layer += 3 * after.hidden_size * after.intermediate_size
     weights = after.num_layers * layer + 2 * dense.vocab_size * after.hidden_size
@@ -262,8 +269,8 @@ def channels(heads: list[int], width: int) -> list[int]:
     return [head * width + channel for head in heads for channel in range(width)]
 
 
-def target_config(dense: Any, after: Shape, kept: Kept) -> Any:
-    """The parent's config with the new sizes."""
+def target_config(dense: Any, after: Shape, layers: list[int]) -> Any:
+    """The parent's config with the new sizes and these of its layers."""
     import copy
 
     target = copy.deepcopy(dense)
@@ -272,7 +279,7 @@ def target_config(dense: Any, after: Shape, kept: Kept) -> Any:
     target.num_attention_heads, target.num_key_value_heads = after.num_heads, after.num_kv_heads
     target.intermediate_size = after.intermediate_size
     if getattr(target, "layer_types", None):
-        target.layer_types = [target.layer_types[layer] for layer in kept.layers]
+        target.layer_types = [target.layer_types[layer] for layer in layers]
     return target
 
 

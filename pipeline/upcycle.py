@@ -51,6 +51,8 @@ class UpcycleConfig:
     """Standard deviation of the first router weights."""
     seed: int = 0
     """Seed of router weights and redrawn neurons."""
+    dry_run: bool = False
+    """Only print experts, parameters and bytes; needs no weights."""
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "top_k", "granularity"):
@@ -83,15 +85,19 @@ def main(argv: list[str] | None = None) -> int:
 def upcycle(config: UpcycleConfig) -> None:
     """Streams the parent layer by layer into experts; memory is that of one new layer."""
     from data_prep.model_folders import find_model_folder
-    from pipeline.model_files import ModelFiles, config_of, dtype_bytes, write_model
+    from pipeline.model_files import ModelFiles, config_of, dtype_bytes, size_of, write_model
 
-    source = ModelFiles(find_model_folder(config.model))
-    dense = config_of(source.folder)
+    folder = find_model_folder(config.model, with_weights=not config.dry_run)
+    dense = config_of(folder)
     target = target_config(config, dense)
+    if config.dry_run:
+        print(f"{config.model}: {size_of(dense)}\n{config.out}: {target.model_type}, {size_of(target)}")
+        return
+    source = ModelFiles(folder)
     pieces: dict[str, Callable[[], dict[str, Any]]] = {"embeddings": partial(outer_tensors, source, dense)}
     for index in range(dense.num_hidden_layers):
         pieces[f"layer {index}"] = partial(layer_tensors, config, source, target.model_type, index)
-    settings = {key: value for key, value in asdict(config).items() if key not in ("model", "out")}
+    settings = {key: value for key, value in asdict(config).items() if key not in ("model", "out", "dry_run")}
     widest = dense.num_hidden_layers * config.num_experts * 3 * dense.intermediate_size * dense.hidden_size
     write_model(
         config.out,
@@ -202,7 +208,9 @@ def redrawn(parts: list[Any], fraction: float, generator: Any) -> list[Any]:
 
 def card(config: UpcycleConfig, target: Any) -> str:
     """The model card of a model that was upcycled and not trained yet."""
-    settings = ", ".join(f"{key} {value}" for key, value in asdict(config).items() if key not in ("model", "out"))
+    settings = ", ".join(
+        f"{key} {value}" for key, value in asdict(config).items() if key not in ("model", "out", "dry_run")
+    )
     return (
         f"---\nlibrary_name: transformers\ntags: [mixture-of-experts, capgap]\nbase_model: {config.model}\n---\n\n"
         f"# {config.out.name}\n\nA {target.model_type} made from `{config.model}` with `capgap upcycle` ({settings}), "

@@ -189,23 +189,29 @@ def _unsigned(part: Tensor) -> Tensor:
     return part.long() & (2 ** (8 * part.element_size()) - 1)
 
 
-def outline_of_decoder(
+def outline_of_teacher(
     folder: Path, config: TeacherConfig, *, dtype: torch.dtype, attention: str = "sdpa"
 ) -> PreTrainedModel:
     """The model of a folder without memory for its weights: what it takes to count them, or to fill them in later."""
+    trusted = config.trust_remote_code
+    model = outline_of_decoder(
+        AutoConfig.from_pretrained(folder, trust_remote_code=trusted),
+        dtype=dtype,
+        trust_remote_code=trusted,
+        attn_implementation=attention,
+    )
+    check_logits(model.config, "teacher.model")
+    return model
+
+
+def outline_of_decoder(config: Any, **options: Any) -> PreTrainedModel:
+    """A causal language model of a transformers config without memory for its weights."""
     from accelerate import init_empty_weights
 
-    trusted = config.trust_remote_code
     # Buffers are computed from the config, so they are there.
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(folder, trust_remote_code=trusted),
-            dtype=dtype,
-            trust_remote_code=trusted,
-            attn_implementation=attention,
-        )
+        model = AutoModelForCausalLM.from_config(config, **options)
     model.tie_weights()
-    check_logits(model.config, "teacher.model")
     return model
 
 
@@ -233,6 +239,7 @@ def build_decoder(
     teacher_width: int | None = None,
     compared_layers: tuple[int, ...] = (),
     attention: str = "sdpa",
+    is_outline: bool = False,
 ) -> DecoderStudent:
     """A decoder with its first weights: those of a folder, or random ones of its shape or of the recipe's sizes.
 
@@ -241,15 +248,17 @@ def build_decoder(
         init_folder: AutoModelForCausalLM folder; None builds a LLaMA from the recipe's sizes.
         teacher_width: of the hidden states to which the student's are mapped for a loss; None: there is no such loss.
         compared_layers: from 1 on, whose outputs are mapped; () maps the last hidden states.
+        is_outline: leave out the weights and the memory for them.
     """
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": attention}
     # The caller's random state stays as it was, so that a resumed run draws what the unbroken run drew.
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        if init_folder is None:
-            backbone = AutoModelForCausalLM.from_config(llama_config(config, manifest), **options)
-        elif config.random_weights:
-            backbone = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(init_folder), **options)
+        shape = AutoConfig.from_pretrained(init_folder) if init_folder else llama_config(config, manifest)
+        if is_outline:
+            backbone = outline_of_decoder(shape, **options)
+        elif init_folder is None or config.random_weights:
+            backbone = AutoModelForCausalLM.from_config(shape, **options)
         else:
             backbone = AutoModelForCausalLM.from_pretrained(init_folder, use_safetensors=True, **options)
         check_logits(backbone.config, "student.init_from")

@@ -11,7 +11,7 @@ from torch import nn
 from data_prep.errors import DataError
 from pipeline.config import TeacherConfig
 from pipeline.model_files import ModelFiles
-from pipeline.models.decoders import CausalTeacher, load_causal_teacher, outline_of_decoder
+from pipeline.models.decoders import CausalTeacher, load_causal_teacher, outline_of_teacher
 
 
 def load_sharded_teacher(
@@ -24,7 +24,7 @@ def load_sharded_teacher(
     """
     import deepspeed
 
-    model, files = outline_of_decoder(folder, config, dtype=dtype, attention=attention), ModelFiles(folder)
+    model, files = outline_of_teacher(folder, config, dtype=dtype, attention=attention), ModelFiles(folder)
     teacher = CausalTeacher(model, micro_size=config.micro_size)
     prefix = f"{model.base_model_prefix}."
     largest = max(sum(weight.numel() for weight in piece.parameters()) for _, piece in pieces(teacher.body))

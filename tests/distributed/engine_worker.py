@@ -15,7 +15,7 @@ import torch
 
 from pipeline import checkpoints
 from pipeline.batches import BatchPlan
-from pipeline.building import build_models, place_teacher
+from pipeline.building import build_models, load_models
 from pipeline.config import RunConfig, load_run_config
 from pipeline.losses import compute_losses
 from pipeline.optimizer import parameter_groups
@@ -57,8 +57,8 @@ class BareLoop:
 
     def __init__(self, config: RunConfig, checked: Any, prepare: Any):
         self.config = config = replace(config, batch=replace(config.batch, micro_size=config.batch.global_size))
-        self.student, teacher = build_models(config, checked)
-        self.teacher = place_teacher(config, checked, teacher, torch.device("cpu"), is_sharded=False)
+        models = build_models(config, checked)
+        self.student, self.teacher = load_models(config, checked, *models, torch.device("cpu"), is_sharded=False)
         prepare(self.student)
         self.plan = BatchPlan(checked.shards, config.batch, config.data.order_seed, 0, 1)
         self.adam = torch.optim.AdamW(
@@ -92,8 +92,8 @@ class EngineLoop:
 
     def __init__(self, config: RunConfig, checked: Any, ranks: Any, prepare: Any):
         self.config, self.ranks = config, ranks
-        self.student, teacher = build_models(config, checked)
-        self.teacher = place_teacher(config, checked, teacher, torch.device("cpu"), is_sharded=False)
+        models = build_models(config, checked)
+        self.student, self.teacher = load_models(config, checked, *models, torch.device("cpu"), is_sharded=False)
         prepare(self.student)
         self.engine = start_engine(self.student, config, ranks)
         self.student.train()

@@ -205,3 +205,31 @@ def test_a_mixture_cannot_be_pruned_and_other_rows_are_refused(tmp_path, rows, c
     dense = write_decoder(tmp_path / "dense")
     with pytest.raises(DataError, match="lm-blocks"):
         prune(PruneConfig(model=str(dense), shards=write_rows(tmp_path / "pairs"), out=tmp_path / "cut"))
+
+
+def test_the_shapes_of_7b_are_planned_from_its_config_alone(tmp_path, capsys):
+    """LLaMA-2-7B to the shape of MiniMA-3B (arXiv 2311.07052), and that to a mixture of four."""
+    from transformers import LlamaConfig
+
+    from pipeline import cli
+
+    llama = LlamaConfig(intermediate_size=11008, max_position_embeddings=4096, rms_norm_eps=1e-5, dtype="float16")
+    llama.save_pretrained(tmp_path / "7b")
+    shape = "--num-layers 24 --hidden-size 3072 --num-heads 24 --intermediate-size 8192".split()
+    command = ["prune", "--model", str(tmp_path / "7b"), "--shards", "none", "--out", str(tmp_path / "3b"), *shape]
+    assert cli.main([*command, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "6,738,415,616 parameters, 13.48 GB" in printed
+    layer = 4 * 3072**2 + 3 * 3072 * 8192 + 2 * 3072
+    assert f"{24 * layer + 2 * 32000 * 3072 + 3072:,} parameters, 5.83 GB" in printed
+    assert not (tmp_path / "3b").exists()
+
+    small = LlamaConfig(
+        hidden_size=3072, num_hidden_layers=24, num_attention_heads=24, intermediate_size=8192, dtype="float16"
+    )
+    small.save_pretrained(tmp_path / "3b")
+    command = ["upcycle", "--model", str(tmp_path / "3b"), "--num-experts", "4", "--top-k", "2", "--dry-run"]
+    assert cli.main([*command, "--out", str(tmp_path / "4x3b")]) == 0
+    experts = 24 * (3 * 3 * 3072 * 8192 + 4 * 3072)
+    served = 24 * layer + 2 * 32000 * 3072 + 3072 + experts
+    assert f"{served:,} parameters ({served - 24 * 2 * 3 * 3072 * 8192:,} active)" in capsys.readouterr().out
