@@ -1,5 +1,6 @@
 """Builds the models of a run and says what the run will need."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,9 @@ def require_resources(config: RunConfig, checked: Checked, student: Any, teacher
 
     require_free_space(Path(config.out), 2 * checkpoint_bytes(student))
     on_gpu = torch.cuda.is_available()
-    free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
+    # CPU ranks share their machine's memory; srun does not say how many they are there.
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available // sharing
     can_shard = world_size > 1 and isinstance(teacher, CausalTeacher)
     choices = {"auto": [False, True] if can_shard else [False], "resident": [False], "sharded": [can_shard]}
     for is_sharded in choices[config.teacher.placement]:

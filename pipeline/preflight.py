@@ -69,8 +69,6 @@ def check_run(config: RunConfig, world_size: int) -> Checked:
         check(check_vocabulary, shards, teacher_folder)
     if teacher_config and not is_decoder:
         check(check_relation_heads, config, teacher_config)
-    if teacher_config and is_decoder and config.loss.hidden_layers is not None:
-        check(check_hidden_layers, config, teacher_config)
     if shards and teacher_config:
         check(check_length, shards, teacher_config)
         check(check_head, shards, teacher_config, f"teacher.model {name}")
@@ -79,6 +77,8 @@ def check_run(config: RunConfig, world_size: int) -> Checked:
         cache = check(open_cache, config, shards, teacher_folder)
     source = config.student.init_from
     init_folder = teacher_folder if source == "teacher" else check(find_model_folder, source) if source else None
+    if teacher_config and is_decoder and config.loss.hidden_layers is not None and (source is None or init_folder):
+        check(check_hidden_layers, config, teacher_config, init_folder)
     if is_decoder and shards and init_folder:
         check(check_head, shards, read_model_config(init_folder), f"student.init_from {source}")
     elif not is_decoder and (source is None or init_folder):
@@ -212,11 +212,11 @@ def check_relation_heads(config: RunConfig, teacher_config: dict[str, Any]) -> N
             )
 
 
-def check_hidden_layers(config: RunConfig, teacher_config: dict[str, Any]) -> None:
+def check_hidden_layers(config: RunConfig, teacher_config: dict[str, Any], init_folder: Path | None) -> None:
     """Every layer of the student has its entry, and every entry is a layer of the teacher."""
-    source = config.student.init_from
-    folder = find_model_folder(source if source != "teacher" else config.teacher.model) if source else None
-    ours = read_model_config(folder)["num_hidden_layers"] if folder else config.student.num_hidden_layers
+    ours = config.student.num_hidden_layers
+    if init_folder is not None:
+        ours = read_model_config(init_folder)["num_hidden_layers"]
     layers, theirs = config.loss.hidden_layers or (), teacher_config["num_hidden_layers"]
     if len(layers) != ours or max(layers) > theirs:
         raise ConfigError(

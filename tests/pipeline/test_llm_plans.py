@@ -1,0 +1,71 @@
+"""The 7B recipes are planned from configs alone, and refused with three mends where they cannot fit."""
+
+import shutil
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from launching import PROJECT
+from pipeline import check, cli
+from tiny_decoders import write_blocks, write_word_tokenizer
+
+GIB = 2**30
+
+
+def write_shape(folder: Path, config) -> Path:
+    """A model folder that knows its shape and has no weights but one: who reads them anyway fails."""
+    config.save_pretrained(folder)
+    save_file({"nothing": torch.zeros(1)}, folder / "model.safetensors")
+    return write_word_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory) -> Path:
+    from transformers import LlamaConfig, MixtralConfig
+
+    root = tmp_path_factory.mktemp("shapes")
+    llama = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+    write_shape(root / "7b", LlamaConfig(intermediate_size=11008, **llama))
+    small = {"hidden_size": 3072, "num_hidden_layers": 24, "num_attention_heads": 24, "intermediate_size": 8192}
+    write_shape(root / "minima-3b", LlamaConfig(**small, **llama))
+    mixture = {"num_key_value_heads": 24, "num_local_experts": 4, "num_experts_per_tok": 2}
+    write_shape(root / "minimix-4x3b", MixtralConfig(vocab_size=32000, **small, **mixture, **llama))
+    write_blocks(root / "rows", rows=256)
+    return root
+
+
+def run_check(shapes: Path, recipe: str, *flags: str) -> int:
+    paths = {"data.shards": "rows", "teacher.model": "7b", "student.init_from": recipe}
+    words = [word for key, name in paths.items() for word in (f"--{key}", str(shapes / name))]
+    path = str(PROJECT / "pipeline" / "recipes" / f"{recipe}.yaml")
+    return cli.main(["check", "--config", path, "--ranks", "8", "--out", str(shapes / "run"), *words, *flags])
+
+
+def with_memory(monkeypatch, num_bytes: int) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": num_bytes}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Disk", (), {"free": 2**50}))
+    monkeypatch.setattr(check, "check_port", lambda port: None)
+
+
+@pytest.mark.parametrize("recipe", ["minima-3b", "minimix-4x3b"])
+def test_7b_is_refused_where_it_cannot_fit_with_three_mends_in_order(shapes, monkeypatch, capsys, recipe):
+    with_memory(monkeypatch, 24 * GIB)
+    assert run_check(shapes, recipe) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: batch.micro_size") and "3072 MiB are free" in message, message
+    mends = ("halve batch.micro_size", "engine.activation_checkpointing true", "teacher.cache (capgap cache)")
+    places = [message.index(mend) for mend in mends]
+    assert places == sorted(places), message
+
+
+@pytest.mark.parametrize(("recipe", "count"), [("minima-3b", 2_914_667_520), ("minimix-4x3b", 8_351_200_000)])
+def test_where_there_is_room_the_plan_of_7b_is_printed(shapes, monkeypatch, capsys, recipe, count):
+    with_memory(monkeypatch, 640 * GIB)
+    assert run_check(shapes, recipe) == 0
+    printed = capsys.readouterr().out
+    assert "'parameters_served': 6738415616" in printed and "ok: nothing found" in printed
+    student = int(printed.split("'parameters_served': ")[1].split(",")[0])
+    assert abs(student - count) < 1e-3 * count
