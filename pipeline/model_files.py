@@ -140,7 +140,7 @@ def write_model(
         "weight_map": {key: name for name in sorted(files) for key in files[name]["sizes"]},
     }
     write_json(partial / "model.safetensors.index.json", index)
-    write_json(partial / "config.json", config)
+    write_json(partial / "config.json", for_older_readers(config))
     for name in TOKENIZER_FILES:
         if (tokenizer_folder / name).is_file():
             write_bytes(partial / name, (tokenizer_folder / name).read_bytes())
@@ -156,6 +156,19 @@ def is_written(out: Path, made_from: dict[str, Any]) -> bool:
     if record.is_file() and read_json(record, "choose another --out")["made_from"] == made_from:
         return True
     raise ConfigError(f"out: {out} exists and was not written by this command - choose another --out, or remove it")
+
+
+def for_older_readers(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json of transformers 5 that says the rotary base in transformers 4's places, too.
+
+    Readers that stand on transformers 4 (vLLM among them, its issue 42624) know no rope_parameters and would take the
+    architecture's default without a word: for a Mixtral that is not the base of a LLaMA.
+    """
+    rope = config.get("rope_parameters") or {}
+    older: dict[str, Any] = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    if rope.get("rope_type", "default") != "default":
+        older["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    return config | older
 
 
 def config_of(folder: Path) -> Any:

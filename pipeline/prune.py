@@ -51,7 +51,7 @@ class PruneConfig:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if isinstance(value, int) and value < 1:
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} ({value}) must be at least 1")
 
 

@@ -41,7 +41,10 @@ class UpcycleConfig:
     The pieces of a copy share a router row at first, so that they are chosen together (arXiv 2410.07524).
     """
     dense_layers: int = 0
-    """Lowest layers that stay dense: a pyramid of experts. Only Qwen3-MoE can hold it."""
+    """Lowest layers that stay dense: a pyramid of experts, which only Qwen3-MoE can hold.
+
+    Finer ones have no place: both architectures have one number of experts for all layers that have any.
+    """
     reinitialize_fraction: float = 0.0
     """Part of each expert's neurons that is drawn anew, so that experts differ (drop-upcycling, arXiv 2502.19261).
 

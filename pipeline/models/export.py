@@ -1,5 +1,6 @@
 """Writes a student as a Hugging Face folder that loads without this project."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from data_prep.files import make_folder, replacing_folder
+from pipeline.model_files import for_older_readers
 from pipeline.models import configuration_minimoe, modeling_minimoe
 
 AUTO_MAP = {
@@ -120,6 +122,8 @@ def export_decoder(
     make_folder(folder.parent)
     with replacing_folder(folder) as written:
         model.save_pretrained(written)
+        config = written / "config.json"
+        config.write_text(json.dumps(for_older_readers(json.loads(config.read_text())), indent=2) + "\n")
         for file in sorted(tokenizer_folder.iterdir()):
             if file.is_file():
                 shutil.copyfile(file, written / file.name)

@@ -13,7 +13,7 @@ from launching import PROJECT, environment
 from pipeline.state_files import write_tensors
 from tiny_decoders import WORDS, decoder_config, write_blocks, write_decoder, write_word_tokenizer
 
-WIDTH, FFN, NUM_LAYERS = 1024, 2816, 40
+WIDTH, FFN, NUM_LAYERS = 1024, 2816, 16
 LAYER_BYTES = 2 * (4 * WIDTH * WIDTH + 3 * WIDTH * FFN)
 
 # Prints the peak of this process, which imports and a tiny model have made before, and that of the conversion.
@@ -36,7 +36,7 @@ print("PEAK", memory("VmHWM") - before)
 
 
 def write_big(folder: Path) -> Path:
-    """A LLaMA of 1 GB in bf16, written layer by layer."""
+    """A LLaMA of 0.4 GB in bf16, written layer by layer."""
     folder.mkdir()
     changes = {"hidden_size": WIDTH, "intermediate_size": FFN, "num_hidden_layers": NUM_LAYERS, "dtype": "bfloat16"}
     config = decoder_config("llama", num_attention_heads=8, num_key_value_heads=8, **changes)
@@ -72,13 +72,14 @@ def peak(tiny: list[str], real: list[str]) -> float:
     # glibc would keep what tensors of this size leave behind; those of a 7B model are given back at once.
     env = environment(PYTHONPATH=f"{PROJECT}:{PROJECT / 'kernels'}", MALLOC_MMAP_THRESHOLD_="65536")
     command = [sys.executable, "-c", MEASURE, json.dumps([tiny, real])]
-    found = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=280)
+    found = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=400)
     assert found.returncode == 0, found.stderr
     return int(found.stdout.split("PEAK")[1]) / LAYER_BYTES
 
 
 @pytest.mark.slow
-def test_conversions_of_a_1_gb_model_hold_a_few_of_its_layers(tmp_path):
+@pytest.mark.timeout(900)
+def test_conversions_hold_a_few_layers_of_sixteen(tmp_path):
     big, tiny = write_big(tmp_path / "big"), write_decoder(tmp_path / "tiny")
     rows = write_blocks(tmp_path / "rows", rows=64)
 

@@ -1,5 +1,6 @@
 """Decoders: packed documents, losses from hidden states, vocabulary checks, and the folder that is exported."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -206,6 +207,9 @@ def test_the_export_loads_generates_and_gives_the_logits_of_the_training_model(k
     with torch.no_grad():
         assert model(batch.input_ids).logits.equal(expected)
     assert "vllm serve" in (tmp_path / "out" / "README.md").read_text()
+    # transformers 4 looks for the rotary base here; every architecture has another default.
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["rope_theta"] == model.config.rope_parameters["rope_theta"]
     tokens = AutoTokenizer.from_pretrained(tmp_path / "out")("word1 word2", return_tensors="pt")["input_ids"]
     assert model.generate(tokens, max_new_tokens=2).shape[1] > 2
 

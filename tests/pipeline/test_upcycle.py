@@ -1,5 +1,7 @@
 """Upcycling: the mixture computes what its parent did, in every form of it, and goes on after a kill."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -36,6 +38,10 @@ def test_the_mixture_gives_the_logits_of_its_parent(tmp_path, kind, changes, opt
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "mixture").config
     assert config.model_type == ("qwen3_moe" if kind == "qwen3" else "mixtral")
     assert (tmp_path / "mixture" / "tokenizer.json").is_file()
+    # Readers of transformers 4 look for the rotary base elsewhere, and have another default for a Mixtral.
+    written, rope = json.loads((tmp_path / "mixture" / "config.json").read_text()), config.rope_parameters
+    assert written["rope_theta"] == rope["rope_theta"]
+    assert written.get("rope_scaling", {}).get("factor") == rope.get("factor")
 
 
 def test_drop_upcycling_redraws_the_asked_part_of_each_expert(tmp_path):
