@@ -115,21 +115,25 @@ class HarnessTask:
         )
         # Without its own tasks: reading their thousands of files would take longer than a small benchmark.
         manager = TaskManager(include_defaults=False)
+        # All subsets in one call: each call describes the machine anew, for seconds, and MMLU has 57 of them.
+        results = simple_evaluate(
+            model=language_model,
+            tasks=[
+                self.configuration(f"{unit.task}_{name}", documents, prepared.examples.get(name, []))
+                for name, documents in prepared.subsets.items()
+            ],
+            log_samples=False,
+            bootstrap_iters=0,
+            task_manager=manager,
+            verbosity="ERROR",
+        )
         totals = dict.fromkeys(self.metrics, 0.0)
         for name, documents in prepared.subsets.items():
-            results = simple_evaluate(
-                model=language_model,
-                tasks=[self.configuration(f"{unit.task}_{name}", documents, prepared.examples.get(name, []))],
-                log_samples=False,
-                bootstrap_iters=0,
-                task_manager=manager,
-                verbosity="ERROR",
-            )
-            (entry,) = results["results"].values()
+            entry = results["results"][f"{unit.task}_{name}"]
             for metric in self.metrics:
                 totals[metric] += entry[f"{metric},none"] * len(documents)
-            on_step(len(documents))
         count = self.work(prepared, settings)
+        on_step(count)
         metrics = {metric: total / count for metric, total in totals.items()}
         return Measurement(metrics=metrics, selection=metrics[self.metrics[0]], counts={"test": count})
 
