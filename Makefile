@@ -1,5 +1,6 @@
 # make demo    the whole road on bundled data, about 5 minutes on 2 cores
 # make demo-llm  the same for language models, about 10 minutes
+# make demo-llm-gpu TEXT=FOLDER  on a GPU, with a teacher of 110 M parameters
 # make test    lint, types and tests
 # make faults  the fault campaign, with its table
 # Each creates .venv first; nothing else is needed than python3 with venv, make and gcc.
@@ -43,30 +44,47 @@ DEMO_SCORE = --tasks qnli wikigold --data data_prep/samples --seeds 3 --max-trai
 	--epochs 1 --batch-size 4 --max-length 64 --learning-rates 1e-4 --learning-rate-of wikigold 5e-4 --dropout 0 \
 	--throughput-batch-size 8
 
-# The road of language models at toy size: a small LLaMA from text alone, cut, upcycled and distilled.
+# The road of language models at toy size: a small LLaMA from text alone, cut, upcycled and distilled; beside it what the
+# same start and a random start learn from the same text without the teacher.
 demo-llm: export DS_ACCELERATOR ?= cpu
 demo-llm: export OMP_NUM_THREADS ?= 1
-demo-llm: export HF_HUB_OFFLINE ?= 1
-demo-llm: .venv/installed
-	capgap tokenizer train --source $(SAMPLE_DUMP) --vocab-size 2048 --out demo-llm/tokenizer
-	capgap prepare --source $(SAMPLE_DUMP) --tokenizer demo-llm/tokenizer --rows lm-blocks --length 128 --out demo-llm/shards
-	deepspeed -q --num_gpus 2 --module pipeline.distill --config pipeline/recipes/tiny-llm-teacher.yaml
-	capgap prune --model demo-llm/teacher/export --shards demo-llm/shards --num-layers 2 --hidden-size 128 --num-heads 4 --intermediate-size 256 --out demo-llm/pruned
-	capgap upcycle --model demo-llm/pruned --num-experts 4 --top-k 2 --out demo-llm/mixture
-	deepspeed -q --num_gpus 2 --module pipeline.distill --config pipeline/recipes/tiny-llm.yaml
-	deepspeed -q --num_gpus 2 --module pipeline.distill --config pipeline/recipes/tiny-llm-text.yaml
-	deepspeed -q --num_gpus 2 --module pipeline.distill --config pipeline/recipes/tiny-llm-scratch.yaml
-	capgap score --model demo-llm/teacher/export --out demo-llm/teacher $(LLM_SCORE)
-	capgap score --model demo-llm/student/export --out demo-llm/student $(LLM_SCORE)
-	capgap score --model demo-llm/text/export --out demo-llm/text $(LLM_SCORE)
-	capgap score --model demo-llm/scratch/export --out demo-llm/scratch $(LLM_SCORE)
-	capgap report teacher=demo-llm/teacher distilled=demo-llm/student same-start-text-alone=demo-llm/text \
-		random-start-text-alone=demo-llm/scratch --out demo-llm/report
-	@echo
-	@echo "Report: demo-llm/report/report.html"
+demo-llm: RANKS = 2
+demo-llm: ROAD = demo-llm
+demo-llm: RECIPE = pipeline/recipes/tiny-llm
+demo-llm: TEXT = data_prep/samples/wikipedia/enwiki-2016-sample.xml.bz2
+demo-llm: VOCABULARY = 2048
+demo-llm: LENGTH = 128
+demo-llm: SHAPE = --num-layers 2 --hidden-size 128 --num-heads 4 --intermediate-size 256
 
-SAMPLE_DUMP = data_prep/samples/wikipedia/enwiki-2016-sample.xml.bz2
-LLM_SCORE = --tasks perplexity agreement --teacher demo-llm/teacher/export --data data_prep/samples --max-length 128 \
+# The same on one GPU in some minutes, with a teacher of 110 M parameters: make demo-llm-gpu TEXT=FOLDER (some 200 MB; WikiExtractor's files will do).
+demo-llm-gpu: RANKS = 1
+demo-llm-gpu: ROAD = demo-llm-gpu
+demo-llm-gpu: RECIPE = pipeline/recipes/small-llm
+demo-llm-gpu: TEXT ?= $(error give the folder of the text: make demo-llm-gpu TEXT=FOLDER)
+demo-llm-gpu: VOCABULARY = 16000
+demo-llm-gpu: LENGTH = 512
+demo-llm-gpu: SHAPE = --num-layers 6 --hidden-size 512 --num-heads 8 --intermediate-size 1024
+
+demo-llm demo-llm-gpu: export HF_HUB_OFFLINE ?= 1
+demo-llm demo-llm-gpu: .venv/installed
+	capgap tokenizer train --source $(TEXT) --vocab-size $(VOCABULARY) --max-megabytes 20 --out $(ROAD)/tokenizer
+	capgap prepare --source $(TEXT) --tokenizer $(ROAD)/tokenizer --rows lm-blocks --length $(LENGTH) --out $(ROAD)/shards
+	deepspeed -q --num_gpus $(RANKS) --module pipeline.distill --config $(RECIPE)-teacher.yaml
+	capgap prune --model $(ROAD)/teacher/export --shards $(ROAD)/shards $(SHAPE) --out $(ROAD)/pruned
+	capgap upcycle --model $(ROAD)/pruned --num-experts 4 --top-k 2 --out $(ROAD)/mixture
+	deepspeed -q --num_gpus $(RANKS) --module pipeline.distill --config $(RECIPE).yaml
+	deepspeed -q --num_gpus $(RANKS) --module pipeline.distill --config $(RECIPE)-text.yaml
+	deepspeed -q --num_gpus $(RANKS) --module pipeline.distill --config $(RECIPE)-scratch.yaml
+	capgap score --model $(ROAD)/teacher/export --out $(ROAD)/teacher $(LLM_SCORE)
+	capgap score --model $(ROAD)/student/export --out $(ROAD)/student $(LLM_SCORE)
+	capgap score --model $(ROAD)/text/export --out $(ROAD)/text $(LLM_SCORE)
+	capgap score --model $(ROAD)/scratch/export --out $(ROAD)/scratch $(LLM_SCORE)
+	capgap report teacher=$(ROAD)/teacher distilled=$(ROAD)/student same-start-text-alone=$(ROAD)/text \
+		random-start-text-alone=$(ROAD)/scratch --out $(ROAD)/report
+	@echo
+	@echo "Report: $(ROAD)/report/report.html"
+
+LLM_SCORE = --tasks perplexity agreement --teacher $(ROAD)/teacher/export --data data_prep/samples --max-length $(LENGTH) \
 	--throughput-batch-size 0
 
 lint: .venv/installed
@@ -94,6 +112,6 @@ bench-gpu: .venv/installed
 	python -m pipeline.benchmarks.bench_llm
 
 clean:
-	rm -rf demo-out demo-llm runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf demo-out demo-llm demo-llm-gpu runs .pytest_cache .mypy_cache .ruff_cache
 
-.PHONY: install demo demo-llm lint test faults faults-data bench-gpu clean
+.PHONY: install demo demo-llm demo-llm-gpu lint test faults faults-data bench-gpu clean
