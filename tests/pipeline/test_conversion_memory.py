@@ -100,4 +100,4 @@ def test_conversions_hold_a_few_layers_of_sixteen(tmp_path):
         "with redrawn neurons": peak(upcycle(tiny, "redrawn", *redraw), upcycle(big, "redrawn", *redraw)),
     }
     print({name: round(layers, 2) for name, layers in found.items()}, "of", LAYER_BYTES / 1e6, "MB")
-    assert all(layers < 8 for layers in found.values()), found
+    assert all(layers < 6 for layers in found.values()), found
