@@ -34,7 +34,7 @@ def expert_mlp(
     in the autocast dtype; otherwise all tensors share one dtype. The result has the dtype of the products. Gradients
     flow to `hidden_ND`, `routing.gate_NK` and every weight and bias.
 
-    Raises ValueError for shapes that do not fit together, mixed dtypes and an unknown activation.
+    Raises ValueError for shapes or devices that do not fit together, mixed dtypes and an unknown activation.
     """
     _check(hidden_ND, routing, w1_EFD, w2_EDF, b1_EF, b2_ED, w3_EFD, activation)
     device = hidden_ND.device.type
@@ -87,6 +87,9 @@ def _check(
             raise ValueError(
                 f"{name} must have shape {shape} for w1_EFD {tuple(w1_EFD.shape)}, got {tuple(tensor.shape)}"
             )
+    for name, tensor in (("hidden_ND", hidden_ND), ("w1_EFD", w1_EFD), *((n, t) for n, (t, _) in expected.items())):
+        if tensor is not None and tensor.device != routing.slot_M.device:
+            raise ValueError(f"{name} is on {tensor.device}, the routing on {routing.slot_M.device}")
     if activation not in ("gelu", "silu"):
         raise ValueError(f"activation={activation!r} must be 'gelu' or 'silu'")
 

@@ -77,13 +77,15 @@ def linear_kl(
     The logits have the dtype of `hidden_ND` (under autocast, autocast's), everything after them float32 or wider; the
     head's gradient is accumulated in float32 over the chunks.
 
-    Raises ValueError when shapes, dtypes or choices do not fit together.
+    Raises ValueError when shapes, dtypes, devices or choices do not fit together.
     """
     mix = Mix(divergence, beta, temperature, kl_weight, ce_weight)
     _check_shapes(hidden_ND, head_VD, bias_V=bias_V, labels_N=labels_N, valid_N=valid_N)
     _check_mix(mix, teacher, labels_N)
     vocab_size = _checked_vocab_size(vocab_size, len(head_VD), teacher)
     _check_teacher(teacher, len(hidden_ND), vocab_size, divergence)
+    if teacher is not None:
+        _check_devices(hidden_ND, **{f"the teacher's {name}": tensor for name, tensor in vars(teacher).items()})
     job = _Job(teacher, labels_N, valid_N, vocab_size, mix)
     loss_sum, kl_sum, ce_sum = _LinearKL.apply(hidden_ND, head_VD, bias_V, job)
     return DistillationSums(loss_sum, kl_sum, ce_sum)
@@ -106,6 +108,7 @@ def _check_shapes(hidden_ND: Tensor, head_VD: Tensor, **others: Tensor | None) -
             f"hidden_ND has shape {list(hidden_ND.shape)}, head_VD {list(head_VD.shape)}: expected [N, D] and [V, D]"
         )
     _check_dtypes("hidden_ND", hidden_ND, "head_VD", head_VD)
+    _check_devices(hidden_ND, head_VD=head_VD, **others)
     expected = {"bias_V": len(head_VD), "labels_N": len(hidden_ND), "valid_N": len(hidden_ND)}
     for name, tensor in others.items():
         if tensor is not None and tensor.shape != (expected[name],):
@@ -113,6 +116,9 @@ def _check_shapes(hidden_ND: Tensor, head_VD: Tensor, **others: Tensor | None) -
     valid_N = others["valid_N"]
     if valid_N is not None and valid_N.dtype != torch.bool:
         raise ValueError(f"valid_N has dtype {valid_N.dtype}, expected torch.bool")
+    labels_N = others["labels_N"]
+    if labels_N is not None and (labels_N.is_floating_point() or labels_N.dtype == torch.bool):
+        raise ValueError(f"labels_N has dtype {labels_N.dtype}, expected an integer one")
 
 
 def _check_mix(mix: Mix, teacher: Teacher | None, labels_N: Tensor | None) -> None:
@@ -168,6 +174,8 @@ def _check_teacher(teacher: Teacher | None, num_tokens: int, vocab_size: int, di
             if divergence != "forward_kl":
                 raise ValueError(f"divergence={divergence!r}, but TeacherSamples can estimate 'forward_kl' alone")
         ids_NK = teacher.ids_NK
+        if ids_NK.is_floating_point():
+            raise ValueError(f"the teacher's ids_NK has dtype {ids_NK.dtype}, expected an integer one")
         if ids_NK.dim() != 2 or ids_NK.shape[0] != num_tokens or ids_NK.shape != of_ids.shape:
             raise ValueError(
                 f"the teacher's ids_NK has shape {list(ids_NK.shape)}, its {name} {list(of_ids.shape)}: "
@@ -179,7 +187,15 @@ def _check_teacher(teacher: Teacher | None, num_tokens: int, vocab_size: int, di
             raise ValueError(f"the teacher's {per_token} has shape {list(of_token.shape)}, expected [{num_tokens}]")
 
 
+def _check_devices(hidden_ND: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != hidden_ND.device:
+            raise ValueError(f"{name} is on {tensor.device}, hidden_ND on {hidden_ND.device}")
+
+
 def _check_dtypes(of_hidden: str, hidden_ND: Tensor, of_head: str, head_VD: Tensor) -> None:
+    if not hidden_ND.is_floating_point():
+        raise ValueError(f"{of_hidden} has dtype {hidden_ND.dtype}, expected a floating-point one")
     if hidden_ND.dtype != head_VD.dtype and not torch.is_autocast_enabled(hidden_ND.device.type):
         raise ValueError(f"{of_hidden} has dtype {hidden_ND.dtype}, {of_head} {head_VD.dtype}: expected equal ones")
 

@@ -15,11 +15,12 @@ def permute(hidden_ND: Tensor, routing: Routing) -> Tensor:
     """[M, D] with M = N*K: the rows of `hidden_ND`, one per slot, sorted by expert, token order kept within an expert.
 
     Rows `routing.offsets_E1[-1]` and later belong to padding tokens: they are 0 and receive no gradient.
-    Raises ValueError when `hidden_ND` is not [N, D] for the N of `routing`.
+    Raises ValueError when `hidden_ND` is not [N, D] for the N of `routing`, not floating point, or elsewhere.
     """
     num_tokens = routing.gate_NK.shape[0]
     if hidden_ND.ndim != 2 or hidden_ND.shape[0] != num_tokens:
         raise ValueError(f"hidden_ND must be [{num_tokens}, D] for this routing, got shape {tuple(hidden_ND.shape)}")
+    _check_rows("hidden_ND", hidden_ND, routing)
     if backend_of(hidden_ND) == "triton":
         return _TritonPermute.apply(hidden_ND, routing.position_NK, routing.offsets_E1[-1])
     return _EagerPermute.apply(hidden_ND, routing.slot_M, routing.position_NK, int(routing.offsets_E1[-1]))
@@ -29,7 +30,7 @@ def combine(permuted_MD: Tensor, routing: Routing) -> Tensor:
     """[N, D]: each token's K rows of `permuted_MD` [M, D], weighted by its gates and summed; 0 for padding tokens.
 
     Accumulates in float32 and returns the dtype of `permuted_MD`. Gradients flow to the rows and to the gates.
-    Raises ValueError when `permuted_MD` is not [M, D] for the M of `routing`.
+    Raises ValueError when `permuted_MD` is not [M, D] for the M of `routing`, not floating point, or elsewhere.
     """
     num_slots = routing.slot_M.shape[0]
     if permuted_MD.ndim != 2 or permuted_MD.shape[0] != num_slots:
@@ -37,11 +38,19 @@ def combine(permuted_MD: Tensor, routing: Routing) -> Tensor:
             f"permuted_MD must be [{num_slots}, D] for this routing of {routing.gate_NK.shape[0]} tokens to "
             f"{routing.top_k} experts each, got shape {tuple(permuted_MD.shape)}"
         )
+    _check_rows("permuted_MD", permuted_MD, routing)
     if backend_of(permuted_MD) == "triton":
         return _TritonCombine.apply(permuted_MD, routing.gate_NK, routing.position_NK, routing.offsets_E1[-1])
     return _EagerCombine.apply(
         permuted_MD, routing.gate_NK, routing.slot_M, routing.position_NK, int(routing.offsets_E1[-1])
     )
+
+
+def _check_rows(name: str, rows: Tensor, routing: Routing) -> None:
+    if not rows.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {rows.dtype}")
+    if rows.device != routing.slot_M.device:
+        raise ValueError(f"{name} is on {rows.device}, the routing on {routing.slot_M.device}")
 
 
 def weighted_sum(rows_MD: Tensor, gate_NK: Tensor | None, position_NK: Tensor) -> Tensor:
