@@ -3,7 +3,7 @@
     PYTHONPATH=kernels python kernels/benchmarks/compile_report.py [--every-config] [--json report.json] [NAME ...]
 
 The kernels are reached the way users reach them: each entry of CALLS runs a public function forward and backward on
-small CPU tensors of real widths, with Triton told that a GPU of the wanted kind is there and every launch replaced by
+CPU tensors of real widths, with Triton told that a GPU of the wanted kind is there and every launch replaced by
 its compilation. So the signatures, constants and alignments are those of real launches.
 """
 
@@ -46,17 +46,17 @@ ARCHITECTURES = (80, 90)
 
 def encoder_experts() -> None:
     """384/1536, 4 experts, one choice, GELU and biases in bf16: the MiniMoE student."""
-    _route_and_run_experts(384, 1536, 4, 1, gated=False, dtype=torch.bfloat16, masked=True)
+    _route_and_run_experts(8192, 384, 1536, 4, 1, gated=False, dtype=torch.bfloat16, masked=True)
 
 
 def decoder_experts() -> None:
     """2048/1024, 64 experts, eight choices, SwiGLU in bf16."""
-    _route_and_run_experts(2048, 1024, 64, 8, gated=True, dtype=torch.bfloat16, masked=False)
+    _route_and_run_experts(1024, 2048, 1024, 64, 8, gated=True, dtype=torch.bfloat16, masked=False)
 
 
 def float32_experts() -> None:
     """384/1536, 4 experts, one choice, in float32 without tf32."""
-    _route_and_run_experts(384, 1536, 4, 1, gated=False, dtype=torch.float32, masked=False)
+    _route_and_run_experts(8192, 384, 1536, 4, 1, gated=False, dtype=torch.float32, masked=False)
 
 
 def routers() -> None:
@@ -169,12 +169,19 @@ def compile_call(name: str, architecture: int, *, every_config: bool = False) ->
 
 
 def _route_and_run_experts(
-    hidden: int, width: int, num_experts: int, top_k: int, *, gated: bool, dtype: torch.dtype, masked: bool
+    num_tokens: int,
+    hidden: int,
+    width: int,
+    num_experts: int,
+    top_k: int,
+    *,
+    gated: bool,
+    dtype: torch.dtype,
+    masked: bool,
 ) -> None:
     def leaf(*shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=dtype, requires_grad=True)
 
-    num_tokens = 64
     logits_NE = torch.randn(num_tokens, num_experts, requires_grad=True)
     routing = route(
         logits_NE, top_k=top_k, renormalize=top_k > 1, valid_N=torch.arange(num_tokens) < 50 if masked else None

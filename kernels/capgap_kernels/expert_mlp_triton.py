@@ -22,18 +22,8 @@ WANTED_PROGRAMS = 528
 # The gate gradient is summed per GRAIN columns, so that its buffer does not depend on the tuned BLOCK_N.
 GRAIN = 16 if INTERPRETED else 64
 
-
-def _configs(*sizes: tuple[int, int, int, int, int]) -> list[triton.Config]:
-    """The tile sizes (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) to choose from."""
-    if INTERPRETED:
-        return [triton.Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32})]
-    return [
-        triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
-        for m, n, k, warps, stages in sizes
-    ]
-
-
-ROW_CONFIGS = _configs(
+# Tile sizes (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) to choose from, the widest first.
+ROW_SIZES = (
     (128, 256, 64, 8, 3),
     (128, 128, 64, 8, 3),
     (128, 128, 64, 4, 3),
@@ -41,7 +31,7 @@ ROW_CONFIGS = _configs(
     (64, 64, 32, 4, 3),
 )
 # Two accumulators (gate and up) or a long epilogue leave no registers for the widest tile.
-WIDE_EPILOGUE_CONFIGS = _configs(
+WIDE_EPILOGUE_SIZES = (
     (128, 128, 64, 8, 3),
     (128, 128, 32, 8, 4),
     (128, 64, 64, 4, 3),
@@ -49,16 +39,29 @@ WIDE_EPILOGUE_CONFIGS = _configs(
     (64, 64, 32, 4, 3),
 )
 # Two stages more: the gathered rows' addresses are loaded stages before the rows themselves.
-WEIGHT_CONFIGS = _configs(
+WEIGHT_SIZES = (
     (128, 256, 64, 8, 5),
     (128, 128, 64, 8, 5),
     (128, 128, 64, 4, 4),
     (64, 64, 32, 4, 5),
 )
 
+# Fewer rows than this run in the smallest tiles untuned: wider ones would be empty, and a first call of a few rows must
+# not choose for the large ones that follow (SMALL is part of the tuning keys).
+SMALL_ROWS = 1024
 
-def _fitting(configs: list[triton.Config], named_args: dict[str, object], **_: object) -> list[triton.Config]:
+
+def configs_of(sizes: tuple[tuple[int, int, int, int, int], ...]) -> list[triton.Config]:
+    return [
+        triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
+        for m, n, k, warps, stages in (((32, 32, 32, 4, 1),) if INTERPRETED else sizes)
+    ]
+
+
+def _fitting(configs: list[triton.Config], named_args: dict[str, object], **options: object) -> list[triton.Config]:
     """Float32 products run on the scalar units (no tf32), where a large tile would only spill."""
+    if options["SMALL"]:
+        return configs[-1:]
     if any(isinstance(arg, Tensor) and arg.dtype == torch.float32 for arg in _operands(named_args)):
         return [config for config in configs if config.kwargs["BLOCK_M"] * config.kwargs["BLOCK_N"] <= 64 * 64]
     return configs
@@ -125,7 +128,10 @@ def _rows_of_tile(
 
 
 @triton.autotune(
-    configs=WIDE_EPILOGUE_CONFIGS, key=["D", "F", "GATED", "KEEP"], prune_configs_by=PRUNE, cache_results=True
+    configs=configs_of(WIDE_EPILOGUE_SIZES),
+    key=["D", "F", "GATED", "KEEP", "SMALL"],
+    prune_configs_by=PRUNE,
+    cache_results=True,
 )
 @triton.jit
 def expand_kernel(
@@ -157,6 +163,7 @@ def expand_kernel(
     GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     KEEP: tl.constexpr,
+    SMALL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -239,7 +246,12 @@ def _add_product(
     return sum_MN
 
 
-@triton.autotune(configs=ROW_CONFIGS, key=["C", "W", "TWO", "stride_bw"], prune_configs_by=PRUNE, cache_results=True)
+@triton.autotune(
+    configs=configs_of(ROW_SIZES),
+    key=["C", "W", "TWO", "stride_bw", "SMALL"],
+    prune_configs_by=PRUNE,
+    cache_results=True,
+)
 @triton.jit
 def contract_kernel(
     a_ptr,  # [M, C] contiguous
@@ -267,6 +279,7 @@ def contract_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_GATE: tl.constexpr,
     SCATTER: tl.constexpr,
+    SMALL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -320,7 +333,12 @@ def contract_kernel(
     tl.store(out_ptr + address_MN, sum_MN.to(out_ptr.dtype.element_ty), mask=inside_MN)
 
 
-@triton.autotune(configs=WIDE_EPILOGUE_CONFIGS, key=["D", "F", "GATED"], prune_configs_by=PRUNE, cache_results=True)
+@triton.autotune(
+    configs=configs_of(WIDE_EPILOGUE_SIZES),
+    key=["D", "F", "GATED", "SMALL"],
+    prune_configs_by=PRUNE,
+    cache_results=True,
+)
 @triton.jit
 def expand_backward_kernel(
     grad_ptr,  # [N, D]: upstream gradient
@@ -349,6 +367,7 @@ def expand_backward_kernel(
     PART: tl.constexpr,
     GELU: tl.constexpr,
     GATED: tl.constexpr,
+    SMALL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -456,7 +475,10 @@ def gate_gradient_kernel(
 
 
 @triton.autotune(
-    configs=WEIGHT_CONFIGS, key=["I", "J", "SPLITS", "GATHER_P", "GATHER_Q"], prune_configs_by=PRUNE, cache_results=True
+    configs=configs_of(WEIGHT_SIZES),
+    key=["I", "J", "SPLITS", "GATHER_P", "GATHER_Q", "SMALL"],
+    prune_configs_by=PRUNE,
+    cache_results=True,
 )
 @triton.jit
 def weight_gradient_kernel(
@@ -480,6 +502,7 @@ def weight_gradient_kernel(
     GATHER_Q: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_GATE: tl.constexpr,
+    SMALL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -581,6 +604,7 @@ def expert_mlp_forward(
         GATED=w3_EFD is not None,
         HAS_BIAS=b1_EF is not None,
         KEEP=keep_for_backward,
+        SMALL=num_slots < SMALL_ROWS,
     )
     weights_EFD = w2_EDF.transpose(1, 2)
     if top_k == 1:
@@ -633,6 +657,7 @@ def gradient_before_activation(
         PART=GRAIN,
         GELU=gelu,
         GATED=up_MF is not None,
+        SMALL=num_slots < SMALL_ROWS,
     )
     return grad_pre_MF, grad_up_MF, weighted_inner_MF, part_GM
 
@@ -730,6 +755,7 @@ def weight_gradient(
         GATHER_Q=gather_q,
         HAS_BIAS=with_bias,
         HAS_GATE=gate_NK is not None,
+        SMALL=slot_M.shape[0] < SMALL_ROWS,
     )
     if splits == 1:
         return out_SEIJ[0], None if bias_SEI is None else bias_SEI[0]
@@ -774,6 +800,7 @@ def _contract(
         HAS_BIAS=bias_EW is not None,
         HAS_GATE=gate_NK is not None,
         SCATTER=scatter,
+        SMALL=num_slots < SMALL_ROWS,
     )
     return out_MW
 

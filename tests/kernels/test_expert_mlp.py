@@ -1,10 +1,11 @@
 """expert_mlp against its float64 twin: output and every gradient by name, padding, autocast."""
 
+import importlib
 import itertools
 
 import pytest
 import torch
-from kernel_cases import CASES, assert_close, draw, draw_logits, draw_valid
+from kernel_cases import CASES, Case, assert_close, draw, draw_logits, draw_valid
 
 from capgap_kernels import expert_mlp, reference, route, use_backend
 
@@ -120,6 +121,32 @@ def test_garbage_in_padding_tokens_reaches_nothing(backend, device):
     dirty = output_and_gradients(expert_mlp, inputs, case, experts, torch.float32, device, backend=backend)
     for what, value in clean.items():
         assert torch.equal(dirty[what], value), what
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_every_tile_size_that_tuning_may_choose_gives_the_float64_twin(index, device, monkeypatch):
+    """The interpreter's own tiles are small; these are the ones of a GPU, with its other sizes."""
+    module = importlib.import_module("capgap_kernels.expert_mlp_triton")
+    monkeypatch.setattr(module, "INTERPRETED", False)
+    monkeypatch.setattr(module, "GRAIN", 64)
+    monkeypatch.setattr(module, "ROW_TILES_PER_GROUP", 8)
+    for kernel, sizes in (
+        (module.expand_kernel, module.WIDE_EPILOGUE_SIZES),
+        (module.contract_kernel, module.ROW_SIZES),
+        (module.expand_backward_kernel, module.WIDE_EPILOGUE_SIZES),
+        (module.weight_gradient_kernel, module.WEIGHT_SIZES),
+    ):
+        monkeypatch.setattr(kernel, "configs", [module.configs_of(sizes)[min(index, len(sizes) - 1)]])
+    case, experts = Case(140, 3, 2, hidden=72, width=136, padding=True, capacity=70), EXPERTS["gated gelu with biases"]
+    # Wide tiles of float32 do not fit a GPU's shared memory; tuning never tries them there.
+    dtype, relative = (torch.float32, 1e-5) if device.type == "cpu" else (torch.bfloat16, 1e-2)
+    inputs = {name: value.to(dtype) for name, value in draw_inputs(case, experts).items()}
+    expected = output_and_gradients(reference.expert_mlp, inputs, case, experts, torch.float64, "cpu")
+    actual = output_and_gradients(
+        expert_mlp, inputs, case, experts, dtype, device, backend="triton", logits_dtype=torch.float32
+    )
+    for what, value in expected.items():
+        assert_close(actual[what], value, relative=relative, what=what)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
