@@ -106,7 +106,8 @@ faults: .venv/installed
 faults-data: .venv/installed
 	python -m data_prep.benchmarks.faults
 
-# Correctness of every kernel on the GPU at hand, then its speed beside its peers; writes kernels/benchmarks/results/.
+# About ten minutes: every kernel on the GPU at hand against its twin, then its speed beside its peers and the goals; writes
+# kernels/benchmarks/results/. The kernels' tests on that GPU: pytest tests/kernels.
 bench-gpu: .venv/installed
 	python kernels/benchmarks/bench_gpu.py
 	python -m pipeline.benchmarks.bench_llm

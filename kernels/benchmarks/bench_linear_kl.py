@@ -8,15 +8,16 @@ products backward, in the chunks of linear_kl. Peers run where they can be impor
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
+import sys
 from dataclasses import asdict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measuring import copy_bytes_per_second, device_name, interleaved, matmul_flop_per_second, save
+from measuring import Options, Roof, interleaved, options_of, run_cases, within
 
-from capgap_kernels import TeacherHead, TeacherSamples, TeacherTopK, linear_kl, reference
+from capgap_kernels import TeacherHead, TeacherSamples, TeacherTopK, linear_kl, reference, use_backend
 
 # (tokens, student width, teacher width, vocabulary, dtype)
 CPU_CASES = [(2048, 768, 1024, 32000, torch.float32), (2048, 768, 1024, 32000, torch.bfloat16)]
@@ -60,7 +61,21 @@ def matmuls_alone(hidden_ND, head_VD, teacher):
             grad_head_VD.addmm_(logits_nV.t(), hidden_nD)
 
 
-def variants_of(hidden_ND, head_VD, teacher, labels_N, *, every_variant):
+def liger_jsd(hidden_ND, head_VD, teacher):
+    """liger-kernel's fused linear JSD; beta 0 is its name for forward KL, and it divides by the number of tokens."""
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    return LigerFusedLinearJSD(jsd_beta=0.0)(hidden_ND, head_VD, teacher.hidden_ND, teacher.head_VD, None)
+
+
+def cut_cross_entropy(hidden_ND, head_VD, labels_N):
+    """cut-cross-entropy's loss, which leaves out gradients too small to matter in bf16."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(hidden_ND, head_VD, labels_N)
+
+
+def variants_of(hidden_ND, head_VD, teacher, labels_N, *, with_peers):
     def step(loss):
         def call():
             hidden_ND.grad = head_VD.grad = None
@@ -71,7 +86,7 @@ def variants_of(hidden_ND, head_VD, teacher, labels_N, *, every_variant):
 
     with torch.no_grad():
         logits_NV = F.linear(teacher.hidden_ND, teacher.head_VD)
-        log_probs_NK, ids_NK = logits_NV.float().log_softmax(-1).topk(64)
+        log_probs_NK, ids_NK = logits_NV.float().log_softmax(-1).topk(min(64, logits_NV.shape[1]))
         del logits_NV
     top_k = TeacherTopK(ids_NK.int(), log_probs_NK)
     samples = TeacherSamples(ids_NK.int(), log_probs_NK.softmax(-1))
@@ -81,7 +96,7 @@ def variants_of(hidden_ND, head_VD, teacher, labels_N, *, every_variant):
         "capgap": step(lambda: linear_kl(hidden_ND, head_VD, teacher).loss_sum),
         "matmuls alone": lambda: matmuls_alone(hidden_ND, head_VD, teacher),
     }
-    others = {
+    variants |= {
         "capgap, half cross-entropy": step(lambda: linear_kl(hidden_ND, head_VD, teacher, **mixed).loss_sum),
         "capgap, reverse": step(lambda: linear_kl(hidden_ND, head_VD, teacher, divergence="reverse_kl").loss_sum),
         "capgap, jsd": step(lambda: linear_kl(hidden_ND, head_VD, teacher, divergence="jsd").loss_sum),
@@ -91,21 +106,10 @@ def variants_of(hidden_ND, head_VD, teacher, labels_N, *, every_variant):
             lambda: linear_kl(hidden_ND, head_VD, None, labels_N=labels_N, kl_weight=0.0, ce_weight=1.0).loss_sum
         ),
     }
-    if every_variant:
-        variants |= others
-    on_gpu = hidden_ND.device.type == "cuda"
-    if on_gpu and importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.transformers import LigerFusedLinearJSD
-
-        # beta = 0 is its name for forward KL; it divides by the number of tokens.
-        liger = LigerFusedLinearJSD(jsd_beta=0.0)
-        variants["liger fused linear jsd"] = step(
-            lambda: liger(hidden_ND, head_VD, teacher.hidden_ND, teacher.head_VD, None)
-        )
-    if on_gpu and importlib.util.find_spec("cut_cross_entropy"):
-        from cut_cross_entropy import linear_cross_entropy
-
-        variants["cut_cross_entropy (no teacher)"] = step(lambda: linear_cross_entropy(hidden_ND, head_VD, labels_N))
+    if with_peers and importlib.util.find_spec("liger_kernel"):
+        variants["liger fused linear jsd"] = step(lambda: liger_jsd(hidden_ND, head_VD, teacher))
+    if with_peers and importlib.util.find_spec("cut_cross_entropy"):
+        variants["cut_cross_entropy (no teacher)"] = step(lambda: cut_cross_entropy(hidden_ND, head_VD, labels_N))
     return variants
 
 
@@ -123,51 +127,38 @@ def largest_error(dtype, device) -> float:
     return max(((actual.double() - right).norm() / right.norm()).item() for actual, right in pairs)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--every-variant", action="store_true", help="other divergences, teachers, cross-entropy too")
-    parser.add_argument("--smoke", action="store_true", help="one toy shape: does this script run?")
-    parser.add_argument("--save", action="store_true", help="write results/linear_kl-DEVICE.json")
-    options = parser.parse_args()
-    device = torch.device(options.device)
-    torch.set_num_threads(1)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    for dtype, allowed in ALLOWED.items():
-        error = largest_error(dtype, device)
-        print(f"largest relative error in {dtype}: {error:.1e} (allowed {allowed:.0e})")
-        if not error <= allowed:
-            raise SystemExit("the kernel is wrong here: no times")
-    print(f"{device_name(device)}: copy {copy_bytes_per_second(device) / 1e9:.1f} GB/s", end=", ")
-    rates = {dtype: matmul_flop_per_second(device, dtype) for dtype in ALLOWED}
-    print(
-        ", ".join(
-            f"{str(dtype).removeprefix('torch.')} matmul {rate / 1e9:.0f} GFLOP/s" for dtype, rate in rates.items()
-        )
+def measure(case: tuple, roof: Roof, seconds: float, options: Options) -> list[dict[str, Any]]:
+    num_tokens, width, teacher_width, num_ids, dtype = case
+    flop = 2 * num_tokens * num_ids * (3 * width + teacher_width)
+    logits_bytes = num_tokens * num_ids * 4
+    name = f"{num_tokens}, {width}/{teacher_width}, {num_ids}, {str(dtype).removeprefix('torch.')}"
+    print(f"{name}: {flop / 1e9:.1f} GFLOP, one float32 tensor of logits {logits_bytes / 1e6:.0f} MB", flush=True)
+    within(largest_error(dtype, options.device), ALLOWED[dtype])
+    variants = variants_of(
+        *inputs_of(num_tokens, width, teacher_width, num_ids, dtype, options.device),
+        with_peers=options.device.type == "cuda",
     )
-    print("| tokens, widths, ids, dtype | variant | ms | peak MiB | times faster [range] | GFLOP | logits MB |")
-    print("|---|---|---|---|---|---|---|")
-    rows = []
-    cases = SMOKE_CASES if options.smoke else CPU_CASES if device.type == "cpu" else GPU_CASES
-    for num_tokens, width, teacher_width, num_ids, dtype in cases:
-        inputs = inputs_of(num_tokens, width, teacher_width, num_ids, dtype, device)
-        flop = 2 * num_tokens * num_ids * (3 * width + teacher_width)
-        logits_bytes = num_tokens * num_ids * 4
-        name = f"{num_tokens}, {width}/{teacher_width}, {num_ids}, {str(dtype).removeprefix('torch.')}"
-        for row in interleaved(
-            variants_of(*inputs, every_variant=options.every_variant), rounds=options.rounds, device=device
-        ):
-            low, high = row.times_faster_range
-            print(
-                f"| {name} | {row.name} | {row.milliseconds:.0f} | {row.peak_mib:.0f} "
-                f"| {row.times_faster:.2f} [{low:.2f}..{high:.2f}] | {flop / 1e9:.0f} | {logits_bytes / 1e6:.0f} |",
-                flush=True,
-            )
-            rows.append({"case": name, **asdict(row), "flop": flop, "logits_bytes": logits_bytes})
-    if options.save:
-        print(save("linear_kl", rows, device=device))
+    print("| variant | ms | peak MiB | times faster [range] | of matmul rate |")
+    print("|---|---|---|---|---|")
+    measured, failed = interleaved(variants, rounds=options.rounds, device=options.device, seconds=seconds)
+    for row in measured:
+        low, high = row.times_faster_range
+        print(
+            f"| {row.name} | {row.milliseconds:.2f} | {row.peak_mib:.0f} "
+            f"| {row.times_faster:.2f} [{low:.2f}..{high:.2f}] "
+            f"| {flop / row.milliseconds * 1e3 / roof.matmul[dtype]:.0%} |",
+            flush=True,
+        )
+    rows = [{"case": name, **asdict(row), "flop": flop, "logits_bytes": logits_bytes} for row in measured]
+    return rows + [{"case": name, "name": variant, "failed": why} for variant, why in failed.items()]
+
+
+def main() -> int:
+    options = options_of(__doc__, rounds=5)
+    cases = SMOKE_CASES if options.smoke else CPU_CASES if options.device.type == "cpu" else GPU_CASES
+    with use_backend("triton" if options.runs_triton else "eager"):
+        return run_cases("linear_kl", cases, lambda *given: measure(*given, options), options, dtypes=list(ALLOWED))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -95,10 +95,22 @@ def transformers_grouped_mm(hidden_ND: Tensor, expert_NK: Tensor, gate_NK: Tenso
 def deepspeed_experts(hidden_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, experts: Experts) -> Tensor:
     """DeepSpeed's AutoEP layer on one rank (`deepspeed/moe/ep_experts.py`): argsort, grouped_mm, weighted restore."""
     run = importlib.import_module("deepspeed.moe.ep_experts")._run_experts_grouped_mm
-    top_k = expert_NK.shape[1]
+    return _deepspeed(run, hidden_ND, expert_NK, gate_NK, experts)
+
+
+def deepspeed_triton_experts(hidden_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, experts: Experts) -> Tensor:
+    """The same with DeepSpeed's own grouped GEMM (`deepspeed/ops/triton_ops/group_gemm_triton.py`)."""
+    run = importlib.import_module("deepspeed.moe.ep_experts")._run_experts_triton_grouped_mm
+    return _deepspeed(run, hidden_ND, expert_NK, gate_NK, experts)
+
+
+def _deepspeed(
+    run: Callable[..., Tensor], hidden_ND: Tensor, expert_NK: Tensor, gate_NK: Tensor, experts: Experts
+) -> Tensor:
+    count = importlib.import_module("deepspeed.moe.ep_count").count_tokens_per_expert
     slot_M = torch.argsort(expert_NK.view(-1), stable=True)
-    counts_E = torch.bincount(expert_NK.view(-1), minlength=len(experts.w1_EFD))
-    y_MD = run(experts.w1_EFD, experts.w2_EDF, experts.w3_EFD, hidden_ND[slot_M // top_k], counts_E)
+    counts_E = count(expert_NK, len(experts.w1_EFD))
+    y_MD = run(experts.w1_EFD, experts.w2_EDF, experts.w3_EFD, hidden_ND[slot_M // expert_NK.shape[1]], counts_E)
     return deepspeed_restore(y_MD, gate_NK, slot_M)
 
 
@@ -135,18 +147,19 @@ def expert_peers(*, gated: bool) -> tuple[dict[str, Peer], dict[str, str]]:
         "torch._grouped_mm": (torch_grouped_mm, "torch"),
         "transformers grouped_mm": (transformers_grouped_mm, "transformers.integrations.moe"),
         "deepspeed grouped_mm": (deepspeed_experts, "deepspeed.moe.ep_experts"),
+        "deepspeed triton": (deepspeed_triton_experts, "deepspeed.ops.triton_ops.group_gemm_triton"),
         "liger": (liger_experts, "liger_kernel.ops.fused_moe"),
     }
     found: dict[str, Peer] = {}
     missing: dict[str, str] = {}
     for name, (peer, module) in wanted.items():
-        if name in ("deepspeed grouped_mm", "liger") and not gated:
+        if name in ("deepspeed grouped_mm", "deepspeed triton", "liger") and not gated:
             missing[name] = "has gated experts without biases only"
             continue
         try:
             importlib.import_module(module)
-        except ImportError as error:
-            missing[name] = f"not importable: {error}"
+        except Exception as error:  # a package that is there but breaks must not end the benchmark either
+            missing[name] = f"not importable: {type(error).__name__}: {error}"
         else:
             found[name] = peer
     return found, missing
