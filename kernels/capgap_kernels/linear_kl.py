@@ -33,6 +33,9 @@ CHUNK_BYTES = {"eager": 40 * 2**20, "triton": 512 * 2**20}
 MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 16, 4096
 # Elements of the head's gradient that are multiplied in half precision at a time, on their way to float32.
 PRODUCT_ELEMENTS = {"eager": 2**22, "triton": 2**26}
+# A tokenizer's own number of ids is often odd (151669), and a GPU multiplies, reads and writes rows that begin at odd
+# places one number at a time.
+ROW_MULTIPLE = {"eager": 1, "triton": 64}
 
 
 @dataclass(frozen=True)
@@ -258,8 +261,9 @@ def _add_chunks(
     bias_R = None if bias_V is None else bias_V[real].to(dtype)
     tokens_per_chunk = CHUNK_BYTES[backend] // (job.vocab_size * dtype.itemsize)
     tokens_per_chunk = min(max(tokens_per_chunk, MIN_CHUNK_TOKENS), MAX_CHUNK_TOKENS)
-    logits_nR = torch.empty(min(tokens_per_chunk, len(hidden_ND)), job.vocab_size, dtype=dtype, device=device)
-    teacher_logits_of = _teacher_logits_of(job, dtype, logits_nR.shape)
+    num_tokens = min(tokens_per_chunk, len(hidden_ND))
+    logits_nR = _empty_logits(num_tokens, job.vocab_size, dtype, device, ROW_MULTIPLE[backend])
+    teacher_logits_of = _teacher_logits_of(job, dtype, num_tokens, ROW_MULTIPLE[backend])
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     with torch.autocast(device.type, enabled=False):
         for tokens in _chunks(job.valid_N, len(hidden_ND), tokens_per_chunk, backend):
@@ -315,7 +319,15 @@ def _add_product_(grad_RD: Tensor, by_logits_nR: Tensor, hidden_nD: Tensor, elem
         grad_rD.add_(torch.mm(by_logits_nr.t(), hidden_nD))
 
 
-def _teacher_logits_of(job: _Job, dtype: torch.dtype, shape: torch.Size):
+def _empty_logits(
+    num_tokens: int, vocab_size: int, dtype: torch.dtype, device: torch.device, row_multiple: int
+) -> Tensor:
+    """[n, R] whose rows lie a multiple of `row_multiple` apart."""
+    pitch = -(-vocab_size // row_multiple) * row_multiple
+    return torch.empty(num_tokens, pitch, dtype=dtype, device=device)[:, :vocab_size]
+
+
+def _teacher_logits_of(job: _Job, dtype: torch.dtype, num_tokens: int, row_multiple: int):
     """A function of the chunk's tokens to the teacher's logits; None where the teacher has no logits."""
     teacher = job.teacher
     if isinstance(teacher, TeacherLogits):
@@ -326,7 +338,7 @@ def _teacher_logits_of(job: _Job, dtype: torch.dtype, shape: torch.Size):
         dtype = teacher.hidden_ND.dtype
     head_RD = teacher.head_VD[: job.vocab_size].to(dtype)
     bias_R = None if teacher.bias_V is None else teacher.bias_V[: job.vocab_size].to(dtype)
-    logits_nR = torch.empty(shape, dtype=dtype, device=teacher.hidden_ND.device)
+    logits_nR = _empty_logits(num_tokens, job.vocab_size, dtype, teacher.hidden_ND.device, row_multiple)
 
     def logits_of(tokens: Tensor | slice) -> Tensor:
         hidden_nD = teacher.hidden_ND[tokens].to(dtype)

@@ -13,7 +13,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from capgap_kernels.linear_kl import Mix
 
-# n tokens of a chunk, R real ids. Everything here works in units of log2, because the GPU's exponential is 2^x.
+# n tokens of a chunk, R real ids, C >= R columns that may be read and written. Everything here works in units of log2,
+# because the GPU's exponential is 2^x.
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -22,9 +23,9 @@ MASKED = tl.constexpr(-1e30)
 
 
 @triton.jit
-def _load_scores(ptr, columns, num_ids, scale):
+def _load_scores(ptr, columns, num_ids, num_columns, scale):
     """[block] logits of one row, times scale * log2(e), in float32."""
-    logits = tl.load(ptr + columns, mask=columns < num_ids, other=0.0).to(tl.float32)
+    logits = tl.load(ptr + columns, mask=columns < num_columns, other=0.0).to(tl.float32)
     return tl.where(columns < num_ids, logits * (scale * LOG2_E), MASKED)
 
 
@@ -37,12 +38,14 @@ def _log2_middle(log_p, log_q, log_beta, log_one_minus_beta):
 
 @triton.jit
 def dense_losses_kernel(
-    logits_ptr,  # [n, R], in: the student's; out, WITH_GRADIENT: gradient by them
-    teacher_ptr,  # [n, R]
+    logits_ptr,  # [n, C], in: the student's; out, WITH_GRADIENT: gradient by them
+    teacher_ptr,  # [n, C of its own]
     label_ptr,  # [n] int64, negative: none; unused without HAS_LABELS
     valid_ptr,  # [n] uint8; unused without HAS_PADDING
     loss_ptr,  # [n, 2] float32, out: divergence and cross-entropy
     num_ids,
+    num_columns,
+    num_teacher_columns,
     stride_n,
     teacher_stride_n,
     inverse_temperature,
@@ -74,8 +77,8 @@ def dense_losses_kernel(
     difference = 0.0  # forward: sum 2^(u - max) (u - s); reverse: sum 2^(s - max) (s - u)
     for first in range(0, num_ids, BLOCK):
         columns = first + tl.arange(0, BLOCK)
-        student = _load_scores(logits_ptr, columns, num_ids, inverse_temperature)
-        teacher = _load_scores(teacher_ptr, columns, num_ids, inverse_temperature)
+        student = _load_scores(logits_ptr, columns, num_ids, num_columns, inverse_temperature)
+        teacher = _load_scores(teacher_ptr, columns, num_ids, num_teacher_columns, inverse_temperature)
         new_max = tl.maximum(student_max, tl.max(student, 0))
         rescale = tl.exp2(student_max - new_max)
         weight = tl.exp2(student - new_max)
@@ -91,7 +94,7 @@ def dense_losses_kernel(
         if DIVERGENCE == "forward_kl":
             difference = difference * rescale + tl.sum(weight * (teacher - student), 0)
         if HAS_LABELS and TEMPERED:
-            untempered = _load_scores(logits_ptr, columns, num_ids, 1.0)
+            untempered = _load_scores(logits_ptr, columns, num_ids, num_columns, 1.0)
             new_max = tl.maximum(ce_max, tl.max(untempered, 0))
             ce_sum = ce_sum * tl.exp2(ce_max - new_max) + tl.sum(tl.exp2(untempered - new_max), 0)
             ce_max = new_max
@@ -107,8 +110,8 @@ def dense_losses_kernel(
         from_teacher = 0.0
         for first in range(0, num_ids, BLOCK):
             columns = first + tl.arange(0, BLOCK)
-            log_q = _load_scores(logits_ptr, columns, num_ids, inverse_temperature) - student_lse
-            log_p = _load_scores(teacher_ptr, columns, num_ids, inverse_temperature) - teacher_lse
+            log_q = _load_scores(logits_ptr, columns, num_ids, num_columns, inverse_temperature) - student_lse
+            log_p = _load_scores(teacher_ptr, columns, num_ids, num_teacher_columns, inverse_temperature) - teacher_lse
             log_m = _log2_middle(log_p, log_q, log_beta, log_one_minus_beta)
             to_middle += tl.sum(tl.exp2(log_q) * (log_q - log_m), 0)
             from_teacher += tl.sum(tl.exp2(log_p) * (log_p - log_m), 0)
@@ -133,8 +136,8 @@ def dense_losses_kernel(
         tl.debug_barrier()
         for first in range(0, num_ids, BLOCK):
             columns = first + tl.arange(0, BLOCK)
-            log_q = _load_scores(logits_ptr, columns, num_ids, inverse_temperature) - student_lse
-            log_p = _load_scores(teacher_ptr, columns, num_ids, inverse_temperature) - teacher_lse
+            log_q = _load_scores(logits_ptr, columns, num_ids, num_columns, inverse_temperature) - student_lse
+            log_p = _load_scores(teacher_ptr, columns, num_ids, num_teacher_columns, inverse_temperature) - teacher_lse
             q = tl.exp2(log_q)
             if DIVERGENCE == "forward_kl":
                 gradient = q - tl.exp2(log_p)
@@ -146,18 +149,19 @@ def dense_losses_kernel(
             gradient *= kl_scale
             if HAS_LABELS:
                 if TEMPERED:
-                    q = tl.exp2(_load_scores(logits_ptr, columns, num_ids, 1.0) - ce_lse)
+                    q = tl.exp2(_load_scores(logits_ptr, columns, num_ids, num_columns, 1.0) - ce_lse)
                 by_label = q - tl.where(columns == label, 1.0, 0.0)
                 gradient += tl.where(label >= 0, ce_weight * by_label, 0.0)
             gradient = tl.where(is_valid, gradient, 0.0)
-            tl.store(logits_ptr + columns, gradient.to(logits_ptr.dtype.element_ty), mask=columns < num_ids)
+            tl.store(logits_ptr + columns, gradient.to(logits_ptr.dtype.element_ty), mask=columns < num_columns)
 
 
 @triton.jit
 def row_logsumexp_kernel(
-    logits_ptr,  # [n, R]
+    logits_ptr,  # [n, C]
     lse_ptr,  # [n] float32, out: natural logarithm
     num_ids,
+    num_columns,
     stride_n,
     inverse_temperature,
     BLOCK: tl.constexpr,
@@ -167,7 +171,7 @@ def row_logsumexp_kernel(
     row_max = MASKED
     row_sum = 0.0
     for first in range(0, num_ids, BLOCK):
-        scores = _load_scores(logits_ptr, first + tl.arange(0, BLOCK), num_ids, inverse_temperature)
+        scores = _load_scores(logits_ptr, first + tl.arange(0, BLOCK), num_ids, num_columns, inverse_temperature)
         new_max = tl.maximum(row_max, tl.max(scores, 0))
         # Logits of -inf (ids that the caller took out) must not count, not even where a whole block is of them.
         weight = tl.where(scores > MASKED, tl.exp2(scores - new_max), 0.0)
@@ -178,12 +182,13 @@ def row_logsumexp_kernel(
 
 @triton.jit
 def write_exponentials_kernel(
-    logits_ptr,  # [n, R], in and out
+    logits_ptr,  # [n, C], in and out
     shift_ptr,  # [n] float32
     weight_ptr,  # [n] float32
     ce_shift_ptr,  # [n] float32; unused without HAS_LABELS
     ce_weight_ptr,  # [n] float32; unused without HAS_LABELS
     num_ids,
+    num_columns,
     stride_n,
     inverse_temperature,
     HAS_LABELS: tl.constexpr,
@@ -192,13 +197,13 @@ def write_exponentials_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     logits_ptr += row * stride_n
-    scores = _load_scores(logits_ptr, columns, num_ids, 1.0)
+    scores = _load_scores(logits_ptr, columns, num_ids, num_columns, 1.0)
     shift = tl.load(shift_ptr + row) * LOG2_E
     written = tl.load(weight_ptr + row) * tl.exp2(scores * inverse_temperature - shift)
     if HAS_LABELS:
         ce_shift = tl.load(ce_shift_ptr + row) * LOG2_E
         written += tl.load(ce_weight_ptr + row) * tl.exp2(scores - ce_shift)
-    tl.store(logits_ptr + columns, written.to(logits_ptr.dtype.element_ty), mask=columns < num_ids)
+    tl.store(logits_ptr + columns, written.to(logits_ptr.dtype.element_ty), mask=columns < num_columns)
 
 
 def dense_losses_(
@@ -214,14 +219,17 @@ def dense_losses_(
     num_tokens, num_ids = logits_nR.shape
     if teacher_logits_nR.stride(1) != 1:
         teacher_logits_nR = teacher_logits_nR.contiguous()
+    logits_nC, teacher_logits_nC = _whole_columns(logits_nR), _whole_columns(teacher_logits_nR)
     loss_n2 = torch.empty(num_tokens, 2, dtype=torch.float32, device=logits_nR.device)
     dense_losses_kernel[(num_tokens,)](
-        logits_nR,
-        teacher_logits_nR,
+        logits_nC,
+        teacher_logits_nC,
         logits_nR if labels_n is None else labels_n.contiguous(),
         logits_nR if valid_n is None else valid_n.contiguous().view(torch.uint8),
         loss_n2,
         num_ids,
+        logits_nC.shape[1],
+        teacher_logits_nC.shape[1],
         logits_nR.stride(0),
         teacher_logits_nR.stride(0),
         1 / mix.temperature,
@@ -243,8 +251,9 @@ def row_logsumexp(logits_nR: Tensor, temperature: float) -> Tensor:
     """[n], float32: log of the sum over the row of exp(logit / temperature); below -1e29 for a row of -inf."""
     num_tokens, num_ids = logits_nR.shape
     lse_n = torch.empty(num_tokens, dtype=torch.float32, device=logits_nR.device)
+    logits_nC = _whole_columns(logits_nR)
     row_logsumexp_kernel[(num_tokens,)](
-        logits_nR, lse_n, num_ids, logits_nR.stride(0), 1 / temperature, **_block(num_ids)
+        logits_nC, lse_n, num_ids, logits_nC.shape[1], logits_nR.stride(0), 1 / temperature, **_block(num_ids)
     )
     return lse_n
 
@@ -260,19 +269,32 @@ def write_exponentials_(
 ) -> None:
     """Replace each logit by weight * exp(logit / temperature - shift) + ce_weight * exp(logit - ce_shift)."""
     num_tokens, num_ids = logits_nR.shape
-    block = _block(num_ids)
+    block, logits_nC = _block(num_ids), _whole_columns(logits_nR)
     write_exponentials_kernel[(num_tokens, triton.cdiv(num_ids, block["BLOCK"]))](
-        logits_nR,
+        logits_nC,
         shift_n.contiguous(),
         weight_n.contiguous(),
         shift_n if ce_shift_n is None else ce_shift_n.contiguous(),
         shift_n if ce_weight_n is None else ce_weight_n.contiguous(),
         num_ids,
+        logits_nC.shape[1],
         logits_nR.stride(0),
         1 / temperature,
         HAS_LABELS=ce_weight_n is not None,
         **block,
     )
+
+
+def _whole_columns(logits_nR: Tensor) -> Tensor:
+    """[n, C]: the same rows up to a multiple of 16 where the gap between them allows it, so that no mask cuts through
+    the 16 bytes of one access. What stands in the gap is read for nothing, and overwritten in the student's logits."""
+    (num_tokens, num_ids), pitch = logits_nR.shape, logits_nR.stride(0)
+    num_columns = triton.cdiv(num_ids, 16) * 16
+    num_elements = logits_nR.untyped_storage().nbytes() // logits_nR.itemsize
+    end_of_last_row = logits_nR.storage_offset() + (num_tokens - 1) * pitch + num_columns
+    if num_columns > pitch or end_of_last_row > num_elements:
+        return logits_nR
+    return logits_nR.as_strided((num_tokens, num_columns), (pitch, 1))
 
 
 def _block(num_ids: int) -> dict[str, int]:
