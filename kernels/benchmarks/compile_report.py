@@ -68,8 +68,9 @@ def routers() -> None:
 
 
 def permute_and_combine() -> None:
-    """The two ends of an all-to-all."""
-    routing = route(torch.randn(64, 8, requires_grad=True), top_k=2, score_function="sigmoid", renormalize=True)
+    """The two ends of an all-to-all, experts with a capacity."""
+    logits_NE = torch.randn(64, 8, requires_grad=True)
+    routing = route(logits_NE, top_k=2, score_function="sigmoid", renormalize=True, capacity=20)
     hidden_ND = torch.randn(64, 384, dtype=torch.bfloat16, requires_grad=True)
     combined_ND = combine(permute(hidden_ND, routing), routing)
     combined_ND.backward(torch.zeros_like(combined_ND))
