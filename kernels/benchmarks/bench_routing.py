@@ -135,7 +135,7 @@ def measure(case: Case, roof: Roof, seconds: float, options: Options) -> list[di
     variants = variants_of(case, logits_NE, hidden_ND)
     with torch.no_grad():
         launches = launches_of(variants["capgap"], options.device)
-    print(f"  {launches} launches forward")
+    print(f"  {launches} {'launches' if options.device.type == 'cuda' else 'operations of PyTorch'} forward")
     rows: list[dict[str, Any]] = [{"case": str(case), "launches": launches}]
     passes: dict[str, tuple[Callable[[Callable[[], Tensor]], None], int]] = {
         "forward": (_without_gradients, case.forward_bytes),
