@@ -33,16 +33,20 @@ def big_batch(decoder_run) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "micro", "ds_config", "placement"),
-    [(None, 4, "zero0", "auto"), (2, 4, "zero2", "sharded")],
-    ids=["four accumulation steps", "two ranks with two accumulation steps each, ZeRO 2, the teacher sharded"],
+    ("ranks", "micro", "ds_config", "placement", "experts"),
+    [(None, 4, "zero0", "auto", 1), (2, 4, "zero2", "sharded", 2)],
+    ids=[
+        "four accumulation steps",
+        "two ranks that share experts beside a sharded teacher, two accumulation steps each, ZeRO 2",
+    ],
 )
 def test_however_a_decoders_batch_is_cut_the_weights_are_the_same(
-    decoder_run, big_batch, ranks, micro, ds_config, placement
+    decoder_run, big_batch, ranks, micro, ds_config, placement, experts
 ):
     out = decoder_run / f"cut-{ds_config}"
     flags = ("--batch.micro_size", str(micro), "--engine.ds_config", f"ds_configs/{ds_config}.json")
     flags += ("--teacher.placement", placement, "--teacher.micro_size", "2")
+    flags += ("--engine.expert_parallel_size", str(experts))
     code, output = distill("--config", str(decoder_run / "recipe.yaml"), "--out", str(out), *flags, ranks=ranks)
     assert code == 0, output
     assert ("teacher: its layers are sharded over 2 ranks" in output) == (placement == "sharded")
