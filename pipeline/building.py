@@ -12,6 +12,7 @@ from pipeline.preflight import Checked
 
 def print_plan(config: RunConfig, checked: Checked, world_size: int) -> None:
     """Prints the resolved config, sizes, tokens per step and the memory estimate."""
+    import torch
     from omegaconf import OmegaConf
 
     from pipeline.models.sizes import checkpoint_bytes, estimate_memory
@@ -28,7 +29,13 @@ def print_plan(config: RunConfig, checked: Checked, world_size: int) -> None:
         f"{checked.accumulation_steps} accumulation steps x {config.batch.micro_size} rows"
     )
     memory = estimate_memory(
-        student, teacher, config, zero_stage=checked.zero_stage, world_size=world_size, length=length
+        student,
+        teacher,
+        config,
+        zero_stage=checked.zero_stage,
+        world_size=world_size,
+        length=length,
+        on_gpu=torch.cuda.is_available(),
     )
     print(f"memory per rank (estimate): {memory}")
     print(f"disk per checkpoint (estimate): {checkpoint_bytes(student) / 2**20:.0f} MiB")
@@ -176,16 +183,28 @@ def require_resources(config: RunConfig, checked: Checked, student: Any, teacher
             zero_stage=checked.zero_stage,
             world_size=world_size,
             length=checked.shards.manifest.length,
+            on_gpu=on_gpu,
             teacher_shards=world_size if is_sharded else 1,
         )
         if need.total <= free:
             return is_sharded
-    third = (
-        "use teacher.cache (capgap cache)"
-        if config.student.architecture == "decoder"
-        else "use engine.ds_config ds_configs/zero2.json"
-    )
     raise ConfigError(
         f"batch.micro_size ({config.batch.micro_size}): a rank needs about {need}, {free / 2**20:.0f} MiB are free - "
-        f"in this order: halve batch.micro_size, set engine.activation_checkpointing true, {third}"
+        f"in this order: {', '.join(memory_mends(config, checked.zero_stage))}"
     )
+
+
+def memory_mends(config: RunConfig, zero_stage: int) -> list[str]:
+    """The first three things to change, the cheapest first, of those that are not done yet."""
+    is_decoder = config.student.architecture == "decoder"
+    mends = {
+        "halve batch.micro_size": config.batch.micro_size > 1,
+        "set engine.activation_checkpointing true": not config.engine.activation_checkpointing,
+        "use teacher.cache (capgap cache)": is_decoder and config.teacher.model and config.teacher.cache is None,
+        "use engine.ds_config ds_configs/zero2.json": zero_stage < 2,
+        "use engine.ds_config ds_configs/zero3.json": zero_stage < 3,
+        "use engine.ds_config ds_configs/zero3_offload.json": "offload" not in config.engine.ds_config,
+        "use more ranks": True,
+        "choose a smaller student": True,
+    }
+    return [mend for mend, helps in mends.items() if helps][:3]
