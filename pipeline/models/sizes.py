@@ -80,7 +80,7 @@ def checkpoint_bytes(student: nn.Module) -> int:
     return 16 * num_parameters(student)
 
 
-LIBRARIES = 100 * 2**20  # on a CPU: scratch memory of oneDNN and modules that are imported on first use
+LIBRARIES = 160 * 2**20  # on a CPU: scratch memory of oneDNN and modules that are imported on first use
 BUCKET = 500_000_000  # elements that DeepSpeed reduces at a time, unless its config says otherwise
 
 
@@ -110,7 +110,11 @@ def estimate_memory(
     weights, gradients, optimizer = _trained_bytes(student, config, zero_stage, world_size, zero)
     tokens, num_layers = config.batch.micro_size * length, shape.num_hidden_layers
     recomputed = config.engine.activation_checkpointing
-    activations = tokens * _bytes_per_token_and_block(shape, is_decoder, size) * (1 if recomputed else num_layers)
+    per_token = _bytes_per_token_and_block(shape, is_decoder, size)
+    if config.student.dropout:
+        # Masks, what they leave, and an attention that keeps its scores.
+        per_token += 8 * shape.hidden_size * size
+    activations = tokens * per_token * (1 if recomputed else num_layers)
     if recomputed:
         activations += num_layers * tokens * shape.hidden_size * size
     teacher_hidden = next(teacher.parameters()).shape[-1] if num_parameters(teacher) else shape.hidden_size
@@ -151,7 +155,8 @@ def _trained_bytes(
     if zero_stage == 1:
         return (here + frozen) * size, here * size + sums + 4 * share, optimizer
     if zero_stage == 2:
-        return (here + frozen) * size, bucket * size + 2 * 4 * share, optimizer
+        staged = size * share if "offload_optimizer" in zero else 0
+        return (here + frozen) * size, bucket * size + 4 * share + staged, optimizer
     gathered = min(here, int(zero.get("stage3_max_live_parameters", 10**9)))
     return (share + frozen // world_size + gathered) * size, 2 * bucket * size + 2 * 4 * share, optimizer
 
