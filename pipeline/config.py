@@ -48,6 +48,8 @@ class TeacherConfig:
     """Decoders: a whole teacher on every rank, or its layers sharded over the ranks; auto shards what is too big."""
     micro_size: int | None = None
     """Decoders: rows that go through the teacher together; null takes batch.micro_size."""
+    compile: bool = False
+    """Encoders: run the teacher through torch.compile. The first step then waits for the compiler, minutes on a CPU."""
     relation_layer: int = -1
     """Layer whose query, key and value relations are imitated: -1 is the last; for 24 layers an upper-middle one."""
     trust_remote_code: bool = False

@@ -206,6 +206,8 @@ def distill(config: RunConfig, checked: Checked) -> int:
     if is_sharded:
         say(ranks.rank, f"teacher: its layers are sharded over {ranks.world_size} ranks")
     student, teacher = load_models(config, checked, student, teacher, ranks.device, is_sharded=is_sharded)
+    if config.teacher.compile:
+        teacher.compile()
     record = {"config": asdict(config), "data_fingerprint": checked.shards.manifest.fingerprint, **sizes}
     torch.manual_seed(config.seed * 1_000_003 + ranks.rank)
     engine = start_engine(student, config, ranks)

@@ -123,6 +123,8 @@ def open_rows(folder: str, rows: str) -> ShardSet:
 def check_losses(config: RunConfig) -> None:
     """The losses must be ones that this student has, and must have the teacher that they need."""
     loss, has_teacher = config.loss, config.teacher.model is not None
+    if config.teacher.compile and config.student.architecture == "decoder":
+        raise ConfigError("teacher.compile: a decoder asks in every forward where its documents end - set it to false")
     if config.student.architecture != "decoder":
         if not has_teacher:
             raise ConfigError("teacher.model is null - an encoder learns from a teacher alone - name one")

@@ -555,6 +555,21 @@ def test_a_teacher_is_frozen_and_its_dropout_is_off(teacher_folder):
     assert all(one.equal(two) for one, two in zip(first, second, strict=True))
 
 
+@pytest.mark.slow  # the compiler takes its time
+def test_a_compiled_teacher_says_the_same_in_one_graph_whatever_the_padding(teacher_folder):
+    from torch._dynamo.utils import counters
+
+    plain = load_teacher(teacher_folder, TeacherConfig(model=str(teacher_folder)), dtype=torch.float32)
+    compiled = load_teacher(teacher_folder, TeacherConfig(model=str(teacher_folder)), dtype=torch.float32)
+    compiled.compile()
+    counters.clear()
+    for seed, lengths in enumerate([(12, 7, 2, 9), (12, 12, 12, 12), (3, 3, 2, 1)]):
+        expected, found = plain(rows(lengths, seed=seed)), compiled(rows(lengths, seed=seed))
+        for ours, theirs in zip(found.relations, expected.relations, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
 @pytest.mark.parametrize("relation_layer", [3, -4])
 def test_a_relation_layer_that_does_not_exist_is_refused_with_the_range(teacher_folder, relation_layer):
     config = TeacherConfig(model=str(teacher_folder), relation_layer=relation_layer)
