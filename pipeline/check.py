@@ -1,9 +1,8 @@
 """`capgap check --config RECIPE`: everything that would stop a run, all at once, before it holds a GPU."""
 
 import argparse
-import socket
 
-from data_prep.errors import ConfigError, reports_errors
+from data_prep.errors import reports_errors
 from pipeline.building import build_models, print_plan, require_resources
 from pipeline.config import load_run_config
 from pipeline.preflight import check_run
@@ -18,20 +17,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=29500, help="port that the launcher will use (--master_port)")
     flags, overrides = parser.parse_known_args(argv)
     config = load_run_config(flags.config, overrides)
-    checked = check_run(config, flags.ranks)
-    check_port(flags.port)
+    checked = check_run(config, flags.ranks, port=flags.port)
     student, teacher = build_models(config, checked)
     require_resources(config, checked, student, teacher, flags.ranks)
     print_plan(config, checked, flags.ranks)
     print("ok: nothing found that would stop this run")
     return 0
-
-
-def check_port(port: int) -> None:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise ConfigError(
-                f"port {port}: {error.strerror} - another launcher uses it - give deepspeed another --master_port"
-            ) from error

@@ -1,5 +1,6 @@
 """Finds what is wrong with a run before anything heavy is imported."""
 
+import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,8 +53,12 @@ class Problems:
             raise type(self.found[0])(f"{len(self.found)} problems:{listed}")
 
 
-def check_run(config: RunConfig, world_size: int) -> Checked:
-    """Everything that can be known without torch; one error names every problem, in the order of the recipe."""
+def check_run(config: RunConfig, world_size: int, *, port: int | None = None) -> Checked:
+    """Everything that can be known without torch; one error names every problem, a line each, in the recipe's order.
+
+    Args:
+        port: of the launcher, if it has not been started yet.
+    """
     problems = Problems()
     check = problems.none_in
     is_decoder = config.student.architecture == "decoder"
@@ -88,6 +93,8 @@ def check_run(config: RunConfig, world_size: int) -> Checked:
     stage = None if settings is None else check(check_parallelism_of, config, settings, world_size, init_folder)
     if shards:
         check(check_same_run, config, shards)
+    if port is not None:
+        check(check_port, port)
     problems.raise_if_any()
     assert shards and accumulation and num_steps and stage is not None
     return Checked(shards, teacher_folder, teacher_config or {}, init_folder, stage, accumulation, num_steps, cache)
@@ -273,3 +280,13 @@ def check_copies(config: RunConfig) -> None:
             f"checkpoint.copy_to ({config.checkpoint.copy_to}) and out ({config.out}) lie in each other - "
             "name a folder elsewhere, best on another disk"
         )
+
+
+def check_port(port: int) -> None:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise ConfigError(
+                f"port {port}: {error.strerror} - another launcher uses it - give deepspeed another --master_port"
+            ) from error
