@@ -108,13 +108,16 @@ def estimate_memory(
     is_bf16, is_decoder = config.engine.precision == "bf16", config.student.architecture == "decoder"
     size = 2 if is_bf16 else 4
     weights, gradients, optimizer = _trained_bytes(student, config, zero_stage, world_size, zero)
+    if is_bf16 and not on_gpu:
+        weights += 4 * num_parameters(student)  # it was built in float32
     tokens, num_layers = config.batch.micro_size * length, shape.num_hidden_layers
     recomputed = config.engine.activation_checkpointing
     per_token = _bytes_per_token_and_block(shape, is_decoder, size)
     if config.student.dropout:
         # Masks, what they leave, and an attention that keeps its scores.
         per_token += 8 * shape.hidden_size * size
-    activations = tokens * per_token * (1 if recomputed else num_layers)
+    # Recomputed, one block and the temporaries of its backward are there at a time.
+    activations = tokens * per_token * (2 if recomputed else num_layers)
     if recomputed:
         activations += num_layers * tokens * shape.hidden_size * size
     teacher_hidden = next(teacher.parameters()).shape[-1] if num_parameters(teacher) else shape.hidden_size
@@ -166,9 +169,9 @@ def _bytes_per_token_and_block(shape: Any, is_decoder: bool, size: int) -> int:
     hidden, chosen = shape.hidden_size, getattr(shape, "num_experts_per_tok", 0)
     ffn = getattr(shape, "moe_intermediate_size", shape.intermediate_size) * max(1, chosen)
     if not is_decoder:
-        # Queries, keys, values, context, two sums and their norms, rows sorted by expert; the inner layer before and
+        # Queries, keys, values, context, two sums and their norms, rows sorted by expert and back; the inner layer before and
         # after its activation.
-        return (9 * hidden + 2 * ffn) * size
+        return (11 * hidden + 2 * ffn) * size
     # Beside those, rotated queries and keys, repeated keys and values; gate, its activation, the other factor and their
     # product. A mixture sorts the chosen rows and puts them back. Norms are computed in float32.
     kept = 15 * hidden + 4 * ffn + 3 * chosen * hidden

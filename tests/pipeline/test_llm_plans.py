@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from launching import PROJECT
-from pipeline import check, cli
+from pipeline import cli, preflight
 from tiny_decoders import write_blocks, write_word_tokenizer
 
 GIB = 2**30
@@ -47,7 +47,7 @@ def run_check(shapes: Path, recipe: str, *flags: str) -> int:
 def with_memory(monkeypatch, num_bytes: int) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": num_bytes}))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Disk", (), {"free": 2**50}))
-    monkeypatch.setattr(check, "check_port", lambda port: None)
+    monkeypatch.setattr(preflight, "check_port", lambda port: None)
 
 
 @pytest.mark.parametrize("recipe", ["minima-3b", "minimix-4x3b"])
