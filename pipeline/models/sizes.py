@@ -169,8 +169,8 @@ def _bytes_per_token_and_block(shape: Any, is_decoder: bool, size: int) -> int:
     hidden, chosen = shape.hidden_size, getattr(shape, "num_experts_per_tok", 0)
     ffn = getattr(shape, "moe_intermediate_size", shape.intermediate_size) * max(1, chosen)
     if not is_decoder:
-        # Queries, keys, values, context, two sums and their norms, rows sorted by expert and back; the inner layer before and
-        # after its activation.
+        # Queries, keys, values, context, two sums and their norms, rows sorted by expert and back; the inner layer
+        # before and after its activation.
         return (11 * hidden + 2 * ffn) * size
     # Beside those, rotated queries and keys, repeated keys and values; gate, its activation, the other factor and their
     # product. A mixture sorts the chosen rows and puts them back. Norms are computed in float32.

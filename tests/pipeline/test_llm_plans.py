@@ -56,7 +56,8 @@ def test_7b_is_refused_where_it_cannot_fit_with_three_mends_in_order(shapes, mon
     assert run_check(shapes, recipe) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("error: batch.micro_size") and "3072 MiB are free" in message, message
-    mends = ("halve batch.micro_size", "engine.activation_checkpointing true", "teacher.cache (capgap cache)")
+    # The recipes recompute already.
+    mends = ("halve batch.micro_size", "teacher.cache (capgap cache)", "ds_configs/zero3.json")
     places = [message.index(mend) for mend in mends]
     assert places == sorted(places), message
 
