@@ -148,12 +148,17 @@ def test_what_is_stored_about_a_row_does_not_depend_on_where_files_end(folders, 
         assert (signals.read(rows)[name] == column).all()
 
 
-def test_two_tasks_make_what_one_makes(folders, tmp_path, capsys):
+def test_two_tasks_of_an_array_make_what_one_makes(folders, tmp_path, capsys, monkeypatch):
     common = {"teacher": str(folders / "teacher"), "shards": folders / "rows", "out": tmp_path / "out"}
-    common["rows_per_file"] = 16
-    for task in (1, 0):
-        cache(CacheConfig(**common, k=8, temperature=2.0, num_tasks=2, task_index=task))
-        assert ("1 of 2 files are left to other tasks" in capsys.readouterr().out) == (task == 1)
+    common |= {"rows_per_file": 16, "k": 8, "temperature": 2.0, "num_tasks": 2}
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
+    with pytest.raises(CapgapError, match=r"SLURM_ARRAY_TASK_ID is \(not set\) - give --task-index 0 to 1"):
+        cache(CacheConfig(**common))
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    cache(CacheConfig(**common))
+    assert "1 of 2 files are left to other tasks" in capsys.readouterr().out
+    cache(CacheConfig(**common, task_index=0))
+    assert "left to other tasks" not in capsys.readouterr().out
     assert CachedSignals(tmp_path / "out").manifest == CachedSignals(folders / "topk").manifest
 
 
