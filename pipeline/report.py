@@ -105,7 +105,8 @@ def read_scored(folder: Path) -> Scores:
 def table_rows(runs: list[Run], scored: dict[str, Scores]) -> list[Model]:
     """Teachers first, then students in the order given, then models that were only scored.
 
-    A score folder becomes the teacher's when its model has the teacher's name, or when it is called `teacher`.
+    A score folder becomes the teacher's when its model has the teacher's name, or when it is called `teacher`; a run
+    does when the teacher is what it exported.
     """
     teachers: dict[str, Model] = {}
     for run in runs:
@@ -127,15 +128,22 @@ def table_rows(runs: list[Run], scored: dict[str, Scores]) -> list[Model]:
         add_scores(owner, scores)
     students = []
     for run in runs:
-        student = Model(name=run.name, role="student", colour="")
+        teacher = next((teachers[name] for name in teachers if is_export_of(run, name)), None)
+        student = teacher or Model(name=run.name, role="student", colour="")
+        student.name = run.name
         set_figures(student, run.record["student"])
         if run.scores:
             add_scores(student, run.scores)
-        students.append(student)
+        if teacher is None:
+            students.append(student)
     colours = (f"series{1 + i % NUM_STUDENT_COLOURS}" for i in range(len(students) + len(others)))
     for model in [*students, *others]:
         model.colour = model.colour or next(colours)
     return [*teachers.values(), *students, *others]
+
+
+def is_export_of(run: Run, name: str) -> bool:
+    return (run.folder / "export").resolve() == Path(name).resolve()
 
 
 def set_figures(model: Model, figures: dict[str, Any]) -> None:
@@ -225,7 +233,7 @@ def score_notes(models: list[Model]) -> list[str]:
         counts = ", ".join(
             f"{count} {part}" for part, count in first.counts.items() if part != "malformed_rows_skipped"
         )
-        note = f"{name}: {counts} examples"
+        note = f"{name}: {counts}{'' if 'tokens' in first.counts else ' examples'}"
         if first.learning_rate is not None:
             rates = ", ".join(dict.fromkeys(f"{task.learning_rate:g}" for _, task in entries))
             epochs, batch_size = first.settings["epochs"], first.settings["batch_size"]
@@ -414,7 +422,7 @@ def render(title: str, models: list[Model], runs: list[Run]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    colours = dict(zip((run.name for run in runs), (m.colour for m in models if m.role == "student"), strict=True))
+    colours = {run.name: next(model.colour for model in models if model.name == run.name) for run in runs}
     labels = score_labels(models)
     lengths = {model.length for model in models if model.length}
     rows = [

@@ -308,3 +308,17 @@ def test_heat_classes_run_from_a_quarter_to_four_times_the_even_share():
         (NUM_HEAT_CLASSES - 1) // 2,
         NUM_HEAT_CLASSES - 1,
     ]
+
+
+def test_a_run_whose_export_taught_the_others_is_the_teacher(runs, capsys):
+    """As in `make demo-llm`, where the teacher is trained by the same trainer."""
+    record = json.loads((runs / "moe" / "run.json").read_text(encoding="utf-8"))
+    taught = record | {"config": {"teacher": {"model": str(runs / "dense" / "export")}, "student": {}}}
+    write_json(runs / "moe" / "run.json", taught)
+    own = {"config": {"teacher": {"model": None}, "student": {}}, "student": TEACHER | {"parameters_training": 2000}}
+    write_json(runs / "dense" / "run.json", own)
+    assert report.main([str(runs / "dense"), str(runs / "moe"), "--out", str(runs / "report")]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 2
+    assert rows[0].startswith("| dense (teacher) | 2,000 | 2,000 |") and "61.0" in rows[0]
+    assert rows[1].startswith("| moe |")
