@@ -107,7 +107,7 @@ def estimate_memory(
     }
     is_bf16, is_decoder = config.engine.precision == "bf16", config.student.architecture == "decoder"
     size = 2 if is_bf16 else 4
-    weights, gradients, optimizer = _trained_bytes(student, config, zero_stage, world_size, zero)
+    weights, gradients, optimizer = _trained_bytes(student, config, zero_stage, world_size, zero, on_gpu)
     if is_bf16 and not on_gpu:
         weights += 4 * num_parameters(student)  # it was built in float32
     tokens, num_layers = config.batch.micro_size * length, shape.num_hidden_layers
@@ -137,7 +137,7 @@ def estimate_memory(
 
 
 def _trained_bytes(
-    student: nn.Module, config: RunConfig, zero_stage: int, world_size: int, zero: dict[str, Any]
+    student: nn.Module, config: RunConfig, zero_stage: int, world_size: int, zero: dict[str, Any], on_gpu: bool
 ) -> tuple[int, int, int]:
     """Weights, gradients and optimizer of a rank."""
     numel = {name: parameter.numel() for name, parameter in student.named_parameters() if parameter.requires_grad}
@@ -149,7 +149,9 @@ def _trained_bytes(
     here = trained - experts + experts // config.engine.expert_parallel_size
     # Experts that are spread already are cut further between the ranks that hold the same ones.
     share = trained // world_size
-    bucket = min(here, int(zero.get("reduce_bucket_size", BUCKET)))
+    bucket = int(zero.get("reduce_bucket_size", BUCKET))
+    # A GPU gives all of it at once, and twice to overlap; a CPU only the pages that are written.
+    bucket = bucket * (2 if zero.get("overlap_comm") else 1) if on_gpu else min(here, bucket)
     sums = 4 * here if is_bf16 else 0
     if zero_stage == 0:
         return (here + frozen) * size, here * size, 8 * here

@@ -70,3 +70,34 @@ def test_where_there_is_room_the_plan_of_7b_is_printed(shapes, monkeypatch, caps
     assert "'parameters_served': 6738415616" in printed and "ok: nothing found" in printed
     student = int(printed.split("'parameters_served': ")[1].split(",")[0])
     assert abs(student - count) < 1e-3 * count
+
+
+def test_the_estimate_divides_what_zero_and_shared_experts_divide(shapes):
+    """Mixtral-size: weights, gradients and optimizer of a rank, by stage and by the ranks that share experts."""
+    from dataclasses import replace
+
+    from pipeline.building import build_models
+    from pipeline.config import load_run_config
+    from pipeline.models.sizes import estimate_memory
+    from pipeline.preflight import check_run
+
+    recipe = str(PROJECT / "pipeline" / "recipes" / "minimix-4x3b.yaml")
+    paths = {"data.shards": "rows", "teacher.model": "7b", "student.init_from": "minimix-4x3b"}
+    words = [word for key, name in paths.items() for word in (f"--{key}", str(shapes / name))]
+    config = load_run_config(recipe, [*words, "--out", str(shapes / "run")])
+    student, teacher = build_models(config, check_run(config, 8))
+    numel = sum(parameter.numel() for parameter in student.parameters())
+    experts = sum(p.numel() for name, p in student.named_parameters() if ".experts." in name)
+
+    def estimate(zero: str, stage: int, shared: int = 1):
+        engine = replace(config.engine, ds_config=f"ds_configs/{zero}.json", expert_parallel_size=shared)
+        changed = replace(config, engine=engine)
+        return estimate_memory(student, teacher, changed, zero_stage=stage, world_size=8, length=24, on_gpu=True)
+
+    whole, spread = estimate("zero1", 1), estimate("zero1", 1, shared=4)
+    assert whole.weights == 2 * numel and whole.optimizer == 12 * (numel // 8)
+    assert spread.weights == 2 * (numel - experts + experts // 4) and spread.optimizer == whole.optimizer
+    assert estimate("zero2", 2).gradients < whole.gradients / 2
+    assert estimate("zero2_offload", 2).optimizer == 0
+    assert estimate("zero3_offload", 3).weights == 0
+    assert estimate("zero3", 3).total < estimate("zero2", 2).total < whole.total
