@@ -376,27 +376,39 @@ SAFE_TO_CHANGE: tuple[str, ...] = (
 
 
 def load_run_config(path: str | Path, overrides: list[str]) -> RunConfig:
-    """Reads a recipe (with its `extends` chain), applies dotted flags, and checks every key and type.
+    """Reads a recipe (with its `extends` chain), applies dotted flags, and checks every key, type and range.
 
     Args:
         path: YAML recipe; `extends: other.yaml` is read relative to it and overridden by it.
         overrides: `--section.field value` or `--section.field=value` pairs.
 
     Raises:
-        ConfigError: names the file or flag, the key, and the nearest known key.
+        ConfigError: names every mistake: the file or flag, the key, and the nearest known key.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    layers = [*_recipe_layers(Path(path)), *_flag_layers(overrides)]
+    problems: list[str] = []
+    layers = [*_recipe_layers(Path(path), problems), *_flag_layers(overrides, problems)]
     merged = OmegaConf.structured(RunConfig)
     _make_writable(merged)
     try:
         for origin, layer in layers:
-            merged = _merge(merged, layer, origin)
+            try:
+                merged = _merge(merged, layer, origin)
+            except ConfigError as error:
+                problems.append(str(error))
         missing = sorted(OmegaConf.missing_keys(merged))
-        if missing:
-            raise ConfigError(f"{path}: {', '.join(missing)} must be given - add it to the recipe or as --{missing[0]}")
+        if missing and not problems:
+            problems.append(f"{path}: {', '.join(missing)} must be given - add it to the recipe or as --{missing[0]}")
+        for spec in fields(RunConfig):
+            if is_dataclass(spec.type) and not any(key.startswith(f"{spec.name}.") for key in missing):
+                try:
+                    OmegaConf.to_object(merged[spec.name])
+                except ConfigError as error:
+                    problems.append(str(error))
+        if problems:
+            raise ConfigError(listed(problems))
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {_first_line(error)}") from error
@@ -404,7 +416,14 @@ def load_run_config(path: str | Path, overrides: list[str]) -> RunConfig:
     return config
 
 
-def _recipe_layers(path: Path) -> list[tuple[str, Any]]:
+def listed(problems: list[str]) -> str:
+    """One problem as it is; several in one message, a line each."""
+    if len(problems) == 1:
+        return problems[0]
+    return f"{len(problems)} problems:" + "".join(f"\n  {number}. {text}" for number, text in enumerate(problems, 1))
+
+
+def _recipe_layers(path: Path, problems: list[str]) -> list[tuple[str, Any]]:
     """The chain of `extends`, the most general recipe first."""
     import yaml
     from omegaconf import DictConfig, OmegaConf
@@ -427,15 +446,20 @@ def _recipe_layers(path: Path) -> list[tuple[str, Any]]:
         if not isinstance(layer, DictConfig):
             raise ConfigError(f"{path}: a recipe is a mapping of sections, not a {type(layer).__name__}")
         parent = layer.pop("extends", None)
-        for key in _dotted_keys(OmegaConf.to_container(layer)):
-            _require_known_key(key, str(path))
+        tree = OmegaConf.to_container(layer)
+        unknown = [key for key in _dotted_keys(tree) if key not in known_keys()]
+        # Of an unknown section, the section alone.
+        tops = [key for key in unknown if not any(key.startswith(f"{other}.") for other in unknown)]
+        problems += [_unknown_key(key, str(path)) for key in tops]
+        if unknown:
+            layer = OmegaConf.create(_without(tree, unknown))
         layers.insert(0, (str(path), layer))
         if parent is None:
             return layers
         path = path.parent / str(parent)
 
 
-def _flag_layers(overrides: list[str]) -> list[tuple[str, Any]]:
+def _flag_layers(overrides: list[str], problems: list[str]) -> list[tuple[str, Any]]:
     """One layer per flag, so that an error can name its flag."""
     from omegaconf import OmegaConf
 
@@ -451,7 +475,9 @@ def _flag_layers(overrides: list[str]) -> list[tuple[str, Any]]:
                 raise ConfigError(f"flag --{key} has no value - write --{key} VALUE")
             value = words.pop(0)
         key = key.replace("-", "_")
-        _require_known_key(key, f"flag --{key}")
+        if key not in known_keys():
+            problems.append(_unknown_key(key, f"flag --{key}"))
+            continue
         layers.append((f"flag --{key}", OmegaConf.create(_nested(key, _flag_value(key, value)))))
     return layers
 
@@ -528,10 +554,15 @@ def _dotted_keys(tree: Any, prefix: str = "") -> list[str]:
     return keys
 
 
-def _require_known_key(key: str, origin: str) -> None:
+def _without(tree: Any, keys: list[str], prefix: str = "") -> Any:
+    if not isinstance(tree, dict):
+        return tree
+    kept = {name: part for name, part in tree.items() if f"{prefix}{name}" not in keys}
+    return {name: _without(part, keys, f"{prefix}{name}.") for name, part in kept.items()}
+
+
+def _unknown_key(key: str, origin: str) -> str:
     keys = known_keys()
-    if key in keys:
-        return
     # A typo in the section name must not hide the field, so whole dotted keys are compared.
     nearest = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     hint = (
@@ -539,7 +570,7 @@ def _require_known_key(key: str, origin: str) -> None:
         if nearest
         else f" - sections are {', '.join(f.name for f in fields(RunConfig))}"
     )
-    raise ConfigError(f"{origin}: unknown key {key}{hint}")
+    return f"{origin}: unknown key {key}{hint}"
 
 
 def _make_writable(node: Any) -> None:

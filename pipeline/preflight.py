@@ -11,7 +11,7 @@ from data_prep.files import read_json
 from data_prep.model_folders import find_model_folder, read_model_config
 from data_prep.shards import ShardSet, folder_vocabulary, open_shards, tokenizer_hash
 from pipeline.cached_signals import CachedSignals, check_cache
-from pipeline.config import RunConfig, changed_keys, load_ds_config
+from pipeline.config import RunConfig, changed_keys, listed, load_ds_config
 from pipeline.parallel_rules import check_parallelism
 
 Result = TypeVar("Result")
@@ -49,8 +49,7 @@ class Problems:
         if len(self.found) == 1:
             raise self.found[0]
         if self.found:
-            listed = "".join(f"\n  {number}. {problem}" for number, problem in enumerate(self.found, 1))
-            raise type(self.found[0])(f"{len(self.found)} problems:{listed}")
+            raise type(self.found[0])(listed([str(problem) for problem in self.found]))
 
 
 def check_run(config: RunConfig, world_size: int, *, port: int | None = None) -> Checked:

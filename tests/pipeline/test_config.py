@@ -337,6 +337,19 @@ def leaves(tree: dict, prefix: str = "") -> dict[str, object]:
     return found
 
 
+def test_every_mistake_is_told_at_once_a_line_each(write):
+    recipe = write(
+        WHOLE.replace("steps: 1", "stepz: 1")
+        + "optimizer: {learning_rate: -1, weight_deca: 0}\nstudent: {dropout: 2}\nlos: {balance: 0}\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_run_config(recipe, ["--engine.precison", "bf16", "--log.every_steps", "often"])
+    first, *lines = str(caught.value).splitlines()
+    assert first == "7 problems:" and len(lines) == 7
+    told = ["stepz", "optimizer.weight_deca", "los", "engine.precison", "log.every_steps", "student.dropout"]
+    assert all(any(key in line for line in lines) for key in (*told, "optimizer.learning_rate")), lines
+
+
 def test_every_key_that_differs_from_the_earlier_run_is_listed_unless_no_number_depends_on_it():
     before = asdict(RunConfig())
     how_it_is_watched = (
