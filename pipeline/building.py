@@ -114,7 +114,7 @@ def _load_teacher(config: RunConfig, checked: Checked, teacher: Any, device: Any
     if is_sharded:
         teacher = load_sharded_teacher(checked.teacher_folder, config.teacher, **options, device=device)
     else:
-        teacher = load_causal_teacher(checked.teacher_folder, config.teacher, **options).to(device)
+        teacher = load_causal_teacher(checked.teacher_folder, config.teacher, **options, device=device)
     teacher.compared_layers = config.loss.compared_layers[1]
     return teacher
 

@@ -168,7 +168,7 @@ class TeacherRunner:
         transformers.utils.logging.disable_progress_bar()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        self.teacher = load_causal_teacher(folder, TeacherConfig(model=config.teacher), dtype=dtype).to(self.device)
+        self.teacher = load_causal_teacher(folder, TeacherConfig(model=config.teacher), dtype=dtype, device=self.device)
         self.config, self.num_ids = config, num_ids
 
     def log_probs(self, columns: dict[str, Any]) -> Iterator[tuple[Any, Any]]:

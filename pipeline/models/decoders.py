@@ -216,15 +216,21 @@ def outline_of_decoder(config: Any, **options: Any) -> PreTrainedModel:
 
 
 def load_causal_teacher(
-    folder: Path, config: TeacherConfig, *, dtype: torch.dtype, attention: str = "sdpa"
+    folder: Path,
+    config: TeacherConfig,
+    *,
+    dtype: torch.dtype,
+    attention: str = "sdpa",
+    device: torch.device | str = "cpu",
 ) -> CausalTeacher:
-    """The frozen teacher of a checked model folder."""
+    """The frozen teacher of a model folder, read straight onto the device: ranks share their machine's memory."""
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
         trust_remote_code=config.trust_remote_code,
         use_safetensors=True,
         attn_implementation=attention,
+        device_map={"": device},
     )
     check_logits(model.config, "teacher.model")
     return CausalTeacher(model, micro_size=config.micro_size)
