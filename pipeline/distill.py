@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.errors import CapgapError, NumericsError
+from data_prep.errors import CapgapError, ConfigError, NumericsError
 from data_prep.files import make_folder, write_json
 from data_prep.locks import folder_lock
 from data_prep.progress import Progress
@@ -20,7 +20,7 @@ from pipeline.building import build_models, describe, load_models, print_plan, r
 from pipeline.config import RunConfig, load_run_config, print_fields
 from pipeline.failures import explain
 from pipeline.preflight import Checked, check_run
-from pipeline.ranks import place_from_environment, under_srun
+from pipeline.ranks import Place, busy_port, place_from_environment, under_srun
 from pipeline.watching import end_process, router_health
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
             if place.rank == 0:
                 print_plan(config, checked, place.world_size)
             return 0
+        meet_at_a_free_port(place)
     except CapgapError as error:
         # Every rank has met the same error. The launcher kills all of them once one is gone: the one that speaks
         # goes first.
@@ -63,6 +64,20 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: rank {place.rank}: {known}", file=sys.stderr, flush=True)
         end_process(known.exit_code)
         raise  # not reached
+
+
+def meet_at_a_free_port(place: Place) -> None:
+    """Refuses a port that is taken: the ranks would wait for each other until their timeout, or talk to a stranger."""
+    port = busy_port()
+    if port is None:
+        return
+    if place.rank == 0:
+        raise ConfigError(
+            f"MASTER_PORT ({port}) is in use by another program - the ranks cannot meet there - "
+            f"give another, as in deepspeed --master_port {port + 1}"
+        )
+    # The launcher ends this rank as soon as rank 0 has said so; or it is rank 0 itself that listens, far ahead of us.
+    time.sleep(5)
 
 
 def read_flags(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:

@@ -21,10 +21,6 @@ def explain(error: Exception, config: RunConfig) -> CapgapError:
             "engine.activation_checkpointing true, use engine.ds_config ds_configs/zero2.json (traceback: "
             f"{where})"
         )
-    if "DataLoader worker" in text and "killed" in text:
-        return CapgapError(
-            f"a data reader was killed, most likely for memory ({_first_line(text)}; traceback: {where})"
-        )
     if any(sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "Broken pipe")):
         return CapgapError(
             f"another rank is gone ({_first_line(text)}) - its own message says why - "

@@ -1,6 +1,8 @@
-"""Which process this is, read from the launcher's environment, without importing torch."""
+"""Which process this is and where it meets the others, from the launcher's environment, without importing torch."""
 
+import errno
 import os
+import socket
 from dataclasses import dataclass
 
 
@@ -29,3 +31,21 @@ def place_from_environment() -> Place:
 def under_srun() -> bool:
     """Whether srun started this process, which kills all ranks of a step as soon as one exits with a code."""
     return "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ
+
+
+def busy_port() -> int | None:
+    """The port at which the ranks are to meet (MASTER_PORT), when somebody listens there already.
+
+    None under torchrun: it is torchrun itself that listens there for its ranks.
+    """
+    port = os.environ.get("MASTER_PORT")
+    if port is None or "TORCHELASTIC_RUN_ID" in os.environ:
+        return None
+    with socket.socket() as probe:
+        # What a run before left in TIME_WAIT is no obstacle, neither here nor to the ranks.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", int(port)))
+        except OSError as error:
+            return int(port) if error.errno == errno.EADDRINUSE else None
+    return None

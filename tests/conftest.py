@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 # Triton decides when it is imported whether it interprets, and transformers may import it before the kernel tests do.
@@ -32,30 +33,53 @@ def recipe(tmp_path, teacher_folder, shards_folder) -> Path:
     return path
 
 
+@pytest.fixture
+def injected(record_property) -> Callable[..., None]:
+    """injected(count, survived=None, note=""): how often a test injected its faults, for the table of `make faults`.
+
+    Without it a test counts as one fault, survived when it passes.
+    """
+
+    def injected(count: int, survived: int | None = None, note: str = "") -> None:
+        record_property("injected", count)
+        record_property("survived", count if survived is None else survived)
+        if note:
+            record_property("note", note)
+
+    return injected
+
+
 def pytest_collection_modifyitems(items) -> None:
     for item in items:
-        for mark in item.iter_markers("fault"):
-            assert set(mark.args) <= FAULTS.keys(), f"{item.nodeid}: no such fault in tests/faults.py: {mark.args}"
-            item.user_properties.extend(("fault", number) for number in mark.args)
+        numbers = {number for mark in item.iter_markers("fault") for number in mark.args}
+        assert numbers <= FAULTS.keys(), f"{item.nodeid}: no such fault in tests/faults.py: {numbers - FAULTS.keys()}"
+        item.user_properties.extend(("fault", number) for number in sorted(numbers))
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """`pytest -m fault` ends with what was injected: tests record counts with record_property("injected", n)."""
-    if terminalreporter.config.option.markexpr != "fault":
+    """`pytest -m fault` ends with a table, in Markdown, of what was injected and what was survived."""
+    if "fault" not in terminalreporter.config.option.markexpr:
         return
-    table: dict[int, dict[str, int]] = {}
-    for outcome in ("passed", "failed", "skipped"):
+    rows = {number: {"injected": 0, "survived": 0, "notes": {}} for number in FAULTS}
+    for outcome in ("passed", "failed", "error"):
         for report in terminalreporter.stats.get(outcome, []):
-            injected = sum(value for name, value in report.user_properties if name == "injected") or 1
-            for number in {value for name, value in report.user_properties if name == "fault"}:
-                row = table.setdefault(number, {"injected": 0, "passed": 0, "failed": 0, "skipped": 0})
-                row[outcome] += 1
-                row["injected"] += injected if outcome != "skipped" else 0
+            counts = {name: [value for key, value in report.user_properties if key == name] for name in COUNTED}
+            tried = sum(counts["injected"]) or 1
+            survived = sum(counts["survived"]) if counts["injected"] else 1
+            if outcome != "passed":
+                survived = min(survived, tried - 1)
+                counts["note"].append(f"**{outcome}: {report.nodeid.rpartition('::')[2]}**")
+            for number in counts["fault"]:
+                rows[number]["injected"] += tried
+                rows[number]["survived"] += survived
+                rows[number]["notes"] |= dict.fromkeys(counts["note"])
     terminalreporter.section("faults")
-    terminalreporter.write_line(f"{'fault':52} {'injected':>8} {'tests':>6} {'failed':>6}")
-    for number, name in FAULTS.items():
-        found = table.get(number)
-        counts = "   no test"
-        if found:
-            counts = f"{found['injected']:8} {found['passed'] + found['failed']:6} {found['failed']:6}"
-        terminalreporter.write_line(f"{number:2} {name:49} {counts}")
+    terminalreporter.write_line("| # | fault | injected | survived | lost | note |\n|---|---|---|---|---|---|")
+    for number, row in rows.items():
+        lost, notes = row["injected"] - row["survived"], "; ".join(row["notes"])
+        terminalreporter.write_line(
+            f"| {number} | {FAULTS[number]} | {row['injected']} | {row['survived']} | {lost} | {notes} |"
+        )
+
+
+COUNTED = ("fault", "injected", "survived", "note")

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 from pipeline.doctor import numbers
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -65,6 +67,25 @@ def distill(*arguments: str, ranks: int | None = None, timeout: float = 120, **e
     with started(distill_command(*arguments, ranks=ranks), **env) as process:
         output, _ = process.communicate(timeout=timeout)
         return process.returncode, output
+
+
+def distill_after(code: str, *arguments: str, **env: str) -> tuple[int, str]:
+    """The same in one process that runs `code` first: a fault that comes from inside."""
+    program = f"{code}\nimport sys\nfrom pipeline.distill import main\nsys.exit(main(sys.argv[1:]))"
+    with started([sys.executable, "-c", program, *arguments], **env) as process:
+        output, _ = process.communicate(timeout=120)
+        return process.returncode, output
+
+
+def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
+    """The training processes below a launcher, in the order of their ranks."""
+    found: dict[int, psutil.Process] = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        # Gone again, or not a rank: a launcher has no RANK.
+        with suppress(psutil.Error, KeyError):
+            if "pipeline.distill" in child.cmdline():
+                found.setdefault(int(child.environ()["RANK"]), child)
+    return [found[rank] for rank in sorted(found)]
 
 
 def wait_for(condition, seconds: float = 180) -> None:

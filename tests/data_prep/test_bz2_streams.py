@@ -24,9 +24,12 @@ def test_all_streams_are_unpacked_and_found(path):
     assert b"".join(decompress(path, starts[1], starts[3])) == PARTS[1] + PARTS[2]
 
 
-def test_a_cut_at_every_place_is_an_error_unless_whole_streams_remain(path):
+@pytest.mark.fault(10)
+def test_a_cut_at_every_place_is_an_error_unless_whole_streams_remain(path, injected):
     content, starts = path.read_bytes(), find_streams(path)
-    for cut in range(0, len(content), max(1, len(content) // 300)):
+    cuts = range(0, len(content), max(1, len(content) // 300))
+    injected(len(cuts))
+    for cut in cuts:
         path.write_bytes(content[:cut])
         if cut in (0, *starts):
             continue
@@ -34,17 +37,21 @@ def test_a_cut_at_every_place_is_an_error_unless_whole_streams_remain(path):
             list(decompress(path))
 
 
-def test_garbage_between_or_after_streams_is_an_error_with_its_place(path):
+@pytest.mark.fault(10)
+def test_garbage_between_or_after_streams_is_an_error_with_its_place(path, injected):
     content, starts = path.read_bytes(), find_streams(path)
+    injected(len(starts))
     for place in (*starts[1:], len(content)):
         path.write_bytes(content[:place] + b"garbage!" + content[place:])
         with pytest.raises(DataError, match=rf"stream that begins at byte {place} "):
             list(decompress(path))
 
 
-def test_a_flipped_bit_is_an_error(path):
+@pytest.mark.fault(10)
+def test_a_flipped_bit_is_an_error(path, injected):
     content = path.read_bytes()
     rng = random.Random(5)
+    injected(60)
     for _ in range(60):
         damaged = bytearray(content)
         damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
@@ -56,6 +63,7 @@ def test_a_flipped_bit_is_an_error(path):
         assert unpacked == b"".join(PARTS)  # the level digit and padding bits carry nothing
 
 
+@pytest.mark.fault(14)
 def test_a_bomb_is_unpacked_in_small_pieces(tmp_path):
     (tmp_path / "bomb.bz2").write_bytes(bz2.compress(b"\0" * 50_000_000))
     assert max(map(len, decompress(tmp_path / "bomb.bz2"))) <= 1 << 20

@@ -57,6 +57,7 @@ def test_namespaces_are_hidden_in_the_language_of_the_wiki():
 @pytest.mark.parametrize(
     "mark", ["{{", "}}", "{|", "|}", "[[", "]]", "<ref>", "</ref>", "''", "<!--", "\n{|", "[http://a "]
 )
+@pytest.mark.fault(12)
 def test_markup_without_a_partner_takes_linear_time_and_keeps_the_text(mark):
     text = ("words before it " + mark + " words after it. ") * 5_000
     start = time.process_time()
@@ -65,6 +66,7 @@ def test_markup_without_a_partner_takes_linear_time_and_keeps_the_text(mark):
     assert cleaned.startswith("words before it")
 
 
+@pytest.mark.fault(12)
 def test_deep_nesting_takes_linear_time():
     start = time.process_time()
     assert clean_wikitext("{{" * 20_000 + "x" + "}}" * 20_000 + "The text.") == "The text."

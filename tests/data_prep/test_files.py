@@ -32,12 +32,14 @@ def test_a_written_file_has_the_content_and_the_hash_that_is_returned(tmp_path):
     assert digest == content_hash(b"x" * 3_000_000) == file_hash(tmp_path / "a")
 
 
-def test_a_crash_at_any_operation_leaves_the_old_file_or_the_new_one(tmp_path):
+@pytest.mark.fault(4)
+def test_a_crash_at_any_operation_leaves_the_old_file_or_the_new_one(tmp_path, injected):
     path = tmp_path / "value.json"
     operations = []
     with watching_operations(lambda operation, _: operations.append(operation)):
         write_json(path, {"value": "old"})
     assert operations == ["open", "write", "fsync", "rename", "fsync_folder", "stat"]
+    injected(len(operations))
     for crash_at in range(len(operations)):
         write_json(path, {"value": "old"})
         count = iter(range(100))
@@ -53,6 +55,7 @@ def test_a_crash_at_any_operation_leaves_the_old_file_or_the_new_one(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["value.json"]
 
 
+@pytest.mark.fault(6)
 def test_a_full_disk_keeps_the_old_file_removes_the_temporary_and_names_the_path(tmp_path):
     path = tmp_path / "a"
     write_bytes(path, b"old")
@@ -71,12 +74,14 @@ def test_a_full_disk_keeps_the_old_file_removes_the_temporary_and_names_the_path
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.fault(6)
 def test_a_really_full_device_is_a_one_line_error():
     no_space = pytest.raises(DataError, match="No space left")
     with open("/dev/full", "wb", buffering=0) as full, no_space, translating_no_space(Path("/dev/full")):
         full.write(b"x")
 
 
+@pytest.mark.fault(33)
 def test_a_rename_that_fails_once_is_tried_again(tmp_path):
     (tmp_path / "a").write_text("new")
     failures = iter([OSError(errno.ESTALE, "Stale file handle"), OSError(errno.EBUSY, "busy")])
@@ -90,6 +95,7 @@ def test_a_rename_that_fails_once_is_tried_again(tmp_path):
     assert (tmp_path / "b").read_text() == "new"
 
 
+@pytest.mark.fault(33)
 def test_a_file_that_shows_its_full_size_late_is_waited_for(tmp_path):
     path = tmp_path / "a"
     late = iter([True, True])
@@ -126,6 +132,7 @@ def test_an_error_in_the_block_keeps_the_old_file(tmp_path):
     assert not [p for p in tmp_path.iterdir() if TEMPORARY_MARK in p.name]
 
 
+@pytest.mark.fault(6)
 def test_too_little_room_is_said_before_work_begins(tmp_path):
     require_free_space(tmp_path / "not" / "yet", 1)
     with pytest.raises(DataError, match="bytes needed"):

@@ -28,7 +28,9 @@ def start(folder: Path, seconds: float) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)
 
 
-def test_of_20_simultaneous_starts_exactly_one_wins_and_the_others_name_it(tmp_path):
+@pytest.mark.fault(21)
+def test_of_20_simultaneous_starts_exactly_one_wins_and_the_others_name_it(tmp_path, injected):
+    injected(20)
     started = [start(tmp_path, 4) for _ in range(20)]
     said = [process.communicate()[0].strip() for process in started]
     assert said.count("won") == 1
@@ -36,6 +38,7 @@ def test_of_20_simultaneous_starts_exactly_one_wins_and_the_others_name_it(tmp_p
     assert all(f"process {winner} " in line or "another process" in line for line in said if line != "won")
 
 
+@pytest.mark.fault(21)
 def test_the_lock_of_a_killed_holder_is_taken_over(tmp_path):
     holder = start(tmp_path, 60)
     assert holder.stdout is not None and holder.stdout.readline().strip() == "won"

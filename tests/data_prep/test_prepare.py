@@ -98,7 +98,11 @@ def test_a_rerun_makes_only_what_is_missing(jsonl, tokenizer_folder, tmp_path, c
     assert contents(out) == before
 
 
-def test_a_folder_of_another_config_is_refused_by_the_keys_that_differ(jsonl, tokenizer_folder, prepared, tmp_path):
+@pytest.mark.fault(19)
+def test_a_folder_of_another_config_is_refused_by_the_keys_that_differ(
+    jsonl, tokenizer_folder, prepared, tmp_path, injected
+):
+    injected(4)
     out = tmp_path / "out"
     prepare(config(jsonl, out, tokenizer_folder))
     with pytest.raises(ConfigError, match=r"another config: length \(64, now 32\), seed \(0, now 1\) - "):
@@ -142,12 +146,14 @@ def test_rejected_documents_are_counted_by_reason_per_source(tmp_path, tokenizer
     assert stats["documents_in"] == 5 == stats["documents_out"] + sum(stats["rejected"].values())
 
 
+@pytest.mark.fault(24)
 def test_no_row_at_all_is_an_error_that_says_where_they_went(tmp_path, tokenizer_folder):
     (tmp_path / "a.jsonl").write_text('{"text": "tiny"}\n' * 3)
     with pytest.raises(DataError, match=r"no rows - 3 documents in = 0 out \+ 3 rejected \(3 too short\)"):
         prepare(config(tmp_path / "a.jsonl", tmp_path / "out", tokenizer_folder))
 
 
+@pytest.mark.fault(10)
 def test_a_cut_dump_is_an_error_and_a_partial_source_by_option(sample, tokenizer_folder, tmp_path):
     cut = tmp_path / "cut.xml.bz2"
     cut.write_bytes(sample.read_bytes()[:1_000_000])
@@ -221,6 +227,7 @@ def test_duplicate_paragraphs_go_by_option(tmp_path, tokenizer_folder):
     assert json.loads((tmp_path / "out" / "stats.json").read_text())["duplicate_paragraphs"] == 4
 
 
+@pytest.mark.fault(28)
 def test_unusual_paths_work(jsonl, tokenizer_folder, tmp_path, monkeypatch):
     folder = tmp_path / "ü 日本" / ("long" * 40)
     folder.mkdir(parents=True)
@@ -264,6 +271,7 @@ def test_a_users_mistake_is_one_line_and_an_exit_code(
     assert len(error) == 1 and words in error[0] and error[0].count(" - ") >= 2
 
 
+@pytest.mark.fault(22)
 def test_a_misspelt_flag_is_refused_with_a_suggestion(sample, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_info:
         main(["--source", str(sample), "--tokeniser", "x", "--out", str(tmp_path)])
@@ -280,10 +288,12 @@ def test_data_verify_and_show_tell_what_is_in_a_folder(prepared, tmp_path, capsy
     assert inspect_main(["verify", str(tmp_path / "none")]) == 3
 
 
-def test_data_verify_names_every_damaged_shard(jsonl, tokenizer_folder, tmp_path, capsys):
+@pytest.mark.fault(7)
+def test_data_verify_names_every_damaged_shard(jsonl, tokenizer_folder, tmp_path, capsys, injected):
     out = tmp_path / "out"
     prepare(config(jsonl, out, tokenizer_folder, part_megabytes=0.002))
     files = sorted(out.glob("data-*.arrow"))
+    injected(2)
     for file in (files[0], files[2]):
         content = bytearray(file.read_bytes())
         content[-100] ^= 1

@@ -78,8 +78,10 @@ def test_what_is_read_is_a_copy_that_may_be_changed(folder):
     assert shards.read(np.array([0]))["input_ids"][0, 1] == 1
 
 
-def test_every_bit_flip_is_found_before_a_row_is_read(folder):
+@pytest.mark.fault(7)
+def test_every_bit_flip_is_found_before_a_row_is_read(folder, injected):
     rng = random.Random(0)
+    injected(200)
     for _ in range(200):
         number = rng.randrange(3)
         path = folder / shard_name(number, 3)
@@ -94,15 +96,19 @@ def test_every_bit_flip_is_found_before_a_row_is_read(folder):
     open_shards(folder).verify()
 
 
-def test_every_truncation_is_found(folder):
+@pytest.mark.fault(8)
+def test_every_truncation_is_found(folder, injected):
     path = folder / shard_name(1, 3)
     content = path.read_bytes()
-    for cut in [0, *range(1, len(content), len(content) // 100), len(content) - 1]:
+    cuts = [0, *range(1, len(content), len(content) // 100), len(content) - 1]
+    injected(len(cuts))
+    for cut in cuts:
         path.write_bytes(content[:cut])
         with pytest.raises(DataError, match=f"{cut} bytes, expected {len(content)}"):
             open_shards(folder)
 
 
+@pytest.mark.fault(8)
 def test_a_missing_shard_is_named(folder):
     (folder / shard_name(2, 3)).unlink()
     with pytest.raises(DataError, match=r"data-00002-of-00003.arrow: no such file"):
@@ -116,7 +122,9 @@ def test_a_folder_without_a_manifest_is_not_finished(tmp_path):
         open_shards(tmp_path / "none")
 
 
-def test_a_manifest_of_another_version_or_changed_by_hand_is_refused(folder):
+@pytest.mark.fault(29)
+def test_a_manifest_of_another_version_or_changed_by_hand_is_refused(folder, injected):
+    injected(3)
     path = folder / "manifest.json"
     values = json.loads(path.read_text())
     write_json(path, {**values, "num_tokens": 5})
@@ -144,6 +152,7 @@ def test_a_manifest_of_another_version_or_changed_by_hand_is_refused(folder):
         None,
     ],
 )
+@pytest.mark.fault(29)
 def test_a_manifest_cannot_name_a_file_elsewhere(folder, name):
     entries = json.loads((folder / "manifest.json").read_text())["shards"]
     entries[0]["file"] = name
@@ -152,8 +161,10 @@ def test_a_manifest_cannot_name_a_file_elsewhere(folder, name):
         open_shards(folder)
 
 
-def test_a_shard_listed_twice_a_link_out_of_the_folder_and_wrong_counts_are_refused(folder, tmp_path_factory):
+@pytest.mark.fault(29)
+def test_a_shard_listed_twice_a_link_out_of_the_folder_and_wrong_counts_are_refused(folder, tmp_path_factory, injected):
     entries = json.loads((folder / "manifest.json").read_text())["shards"]
+    injected(3)
     rewrite(folder, shards=[entries[0], entries[0], entries[2]])
     with pytest.raises(DataError, match="listed twice"):
         open_shards(folder)

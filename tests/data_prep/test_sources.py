@@ -49,13 +49,15 @@ def test_every_form_gives_the_same_documents(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.bz2", "a.jsonl.zst", "a.parquet"])
-def test_a_cut_file_is_an_error_that_names_it(name, tmp_path):
+@pytest.mark.fault(10)
+def test_a_cut_file_is_an_error_that_names_it(name, tmp_path, injected):
     path = tmp_path / name
     if name.endswith(".parquet"):
         pq.write_table(pa.Table.from_pylist(ROWS), path)
     else:
         path.write_bytes({".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstd}[path.suffix](as_jsonl()))
     content = path.read_bytes()
+    injected(4)
     for share in (0.1, 0.5, 0.9, 0.999):
         path.write_bytes(content[: int(len(content) * share)])
         with pytest.raises(DataError, match=name.replace(".", r"\.")):
@@ -71,12 +73,14 @@ def test_text_files_are_cut_at_blank_lines_or_taken_whole(tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.fault(11)
 def test_text_in_unicode_encodings_is_read(encoding, tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("Ünïcode 日本.\r\nZeile zwei.\r\n\r\nDrei.", encoding=encoding)
     assert [d.text for d in read(path)] == ["Ünïcode 日本.\nZeile zwei.", "Drei."]
 
 
+@pytest.mark.fault(11)
 def test_bytes_that_are_not_text_are_replaced_and_counted(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"good \xff\xfe bad\x00 and \x07 bell\n")
@@ -105,6 +109,7 @@ def test_wikiextractor_folders_are_read_file_by_file(tmp_path):
         read(tmp_path)
 
 
+@pytest.mark.fault(11)
 def test_a_utf16_dump_is_read(tmp_path):
     page = "<page><title>Страница</title><ns>0</ns><id>7</id><revision><text>Текст.</text></revision></page>"
     xml = f'<?xml version="1.0" encoding="UTF-16"?><mediawiki xml:lang="bg">{page}</mediawiki>'
@@ -123,7 +128,9 @@ def test_several_parts_of_a_dump_are_one_source(tmp_path):
     assert [d.id for d in read(tmp_path)] == ["1", "2"]
 
 
-def test_a_name_that_is_nothing_is_explained(tmp_path):
+@pytest.mark.fault(24)
+def test_a_name_that_is_nothing_is_explained(tmp_path, injected):
+    injected(4)
     (tmp_path / "enwiki.xml.bz2").write_text("")
     with pytest.raises(DataError, match=r"no such file or folder - the folder .* has enwiki\.xml\.bz2"):
         open_source(0, str(tmp_path / "enwki.xml.bz2"))
@@ -205,6 +212,7 @@ def test_a_blend_of_other_weights_than_sources_is_refused():
         list(blend([documents_of(0, [1])], [1.0, 2.0]))
 
 
+@pytest.mark.fault(11)
 def test_the_bulgarian_sample_in_utf16_is_read(sample):
     documents = read(sample.with_name("bgwiki-2017-sample.xml.bz2"))
     assert [document.rejected for document in documents] == ["", "other namespace", "other namespace"]

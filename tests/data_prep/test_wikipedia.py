@@ -55,6 +55,7 @@ def test_namespace_names_are_learnt_from_the_header():
 
 
 @pytest.mark.parametrize("bad", [b"\x00", b"\x01", b"\xff\xfe", b"\xc3\x28", b"\xed\xa0\x80", b"<b>", b"&nope;"])
+@pytest.mark.fault(11)
 def test_damaged_xml_is_an_error_with_line_and_column(bad):
     data = (
         b"<mediawiki>\n"
@@ -67,10 +68,13 @@ def test_damaged_xml_is_an_error_with_line_and_column(bad):
         pages_of(data)
 
 
-def test_a_dump_cut_anywhere_is_never_taken_for_whole():
+@pytest.mark.fault(10)
+def test_a_dump_cut_anywhere_is_never_taken_for_whole(injected):
     header, pages, footer = dump_of(3)
     data = (header + "".join(pages[:1]) + footer.rstrip()).encode()
-    for cut in range(1, len(data), max(1, len(data) // 200)):
+    cuts = range(1, len(data), max(1, len(data) // 200))
+    injected(len(cuts))
+    for cut in cuts:
         with pytest.raises(DataError, match=r"ends before </mediawiki>|not well-formed"):
             pages_of(data[:cut])
 
@@ -86,6 +90,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
+@pytest.mark.fault(14)
 def test_xml_bombs_are_refused_at_once(bomb):
     start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(DataError, match="document type or entity declaration - refused"):
@@ -94,6 +99,7 @@ def test_xml_bombs_are_refused_at_once(bomb):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
 
 
+@pytest.mark.fault(14)
 def test_an_endless_comment_is_refused_instead_of_held_in_memory():
     def chunks():
         yield b"<mediawiki><!--"
@@ -109,15 +115,9 @@ def test_another_root_element_is_refused():
         pages_of("<html></html>")
 
 
-def test_mutated_dumps_give_pages_or_our_error():
-    """300 of the 10,000 mutants of `python -m data_prep.benchmarks.faults`."""
-    from data_prep.benchmarks.faults import fuzz_dumps
-
-    outcome = fuzz_dumps(300, seed=1)
-    assert outcome.uncaught == 0 and outcome.tried == 300
-
-
-def test_mutated_wikitext_is_always_cleaned(pages):
+@pytest.mark.fault(13)
+def test_mutated_wikitext_is_always_cleaned(pages, injected):
+    injected(300)
     rng = random.Random(0)
     marks = [
         "{{",

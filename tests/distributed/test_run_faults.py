@@ -7,20 +7,17 @@ import time
 import psutil
 import pytest
 
-from launching import PROJECT, distill, distill_command, exported_weights, json_lines, numbers_of, started, wait_for
-
-
-def ranks_of(process) -> list[psutil.Process]:
-    """The training processes below a launcher, in the order of their ranks."""
-    found = [child for child in psutil.Process(process.pid).children(recursive=True) if is_rank(child)]
-    return sorted(found, key=lambda child: next(word for word in child.cmdline() if "--local_rank=" in word))
-
-
-def is_rank(process: psutil.Process) -> bool:
-    try:
-        return any("--local_rank=" in word for word in process.cmdline()) and "launch.py" not in str(process.cmdline())
-    except psutil.Error:
-        return False
+from launching import (
+    PROJECT,
+    distill,
+    distill_command,
+    exported_weights,
+    json_lines,
+    numbers_of,
+    ranks_of,
+    started,
+    wait_for,
+)
 
 
 @pytest.fixture

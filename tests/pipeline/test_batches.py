@@ -89,6 +89,7 @@ CUTS = [(ranks, micro) for ranks in (1, 2, 3, 4) for micro in (1, 2, 3, 4, 6, 8,
 
 
 @pytest.mark.parametrize(("world_size", "micro_size"), CUTS)
+@pytest.mark.fault(18)
 def test_any_number_of_ranks_and_any_micro_batch_see_the_same_samples_in_the_same_order(shards, world_size, micro_size):
     plans = cut(shards, world_size, micro_size)
     (alone,) = cut(shards, 1, GLOBAL_SIZE)
@@ -101,11 +102,13 @@ def test_any_number_of_ranks_and_any_micro_batch_see_the_same_samples_in_the_sam
         assert all(len(part.micro_batches) == 24 // (world_size * micro_size) for part in parts)
 
 
-def test_going_on_with_another_number_of_ranks_loses_and_repeats_nothing(shards):
+@pytest.mark.fault(18)
+def test_going_on_with_another_number_of_ranks_loses_and_repeats_nothing(shards, injected):
     """For every cut point, and from and to every number of ranks: what is read is the unbroken order."""
     sizes = {world_size: cut(shards, world_size, 2) for world_size in (1, 2, 3, 4)}
     steps = {size: [global_order(plans, step) for step in range(STEPS)] for size, plans in sizes.items()}
     samples = sample_rows(0, STEPS * GLOBAL_SIZE, num_rows=50, seed=7).tolist()
+    injected(len(sizes) ** 2 * (STEPS + 1))
     for before in sizes:
         for after in sizes:
             for stop in range(STEPS + 1):
@@ -136,6 +139,7 @@ def test_reading_ahead_gives_the_same_steps_and_ends_where_it_should(shards):
     assert list(plan.steps(4, 4)) == []
 
 
+@pytest.mark.fault(7)
 def test_what_goes_wrong_while_reading_ahead_reaches_the_training_loop(tmp_path):
     damaged = open_shards(write_rows(tmp_path / "rows", rows=48))
     file = tmp_path / "rows" / damaged.locate(0)[0]

@@ -135,7 +135,10 @@ def operations_of(action) -> list[str]:
 
 
 @pytest.mark.parametrize("same_step", [False, True], ids=["the next step", "a damaged one again"])
-def test_a_crash_at_any_operation_leaves_a_checkpoint_that_is_whole(saved, ranks, capsys, same_step):
+@pytest.mark.fault(3)
+def test_a_crash_at_any_operation_leaves_a_checkpoint_that_is_whole(saved, ranks, monkeypatch, same_step, injected):
+    # So that a few hundred bytes have several middles to be killed in.
+    monkeypatch.setattr("data_prep.files.WRITE_PIECE", 96)
     root, weights = saved
     engine = PlainEngine()
     load(root / checkpoint_name(4), verified_record(root / checkpoint_name(4)), engine, ranks, TOPOLOGY, seed=0)
@@ -152,7 +155,8 @@ def test_a_crash_at_any_operation_leaves_a_checkpoint_that_is_whole(saved, ranks
         keep_last(write(root, engine, ranks, step), 1)
 
     operations = operations_of(save_and_tidy)
-    assert len(operations) >= 15
+    assert len(operations) >= 75
+    injected(len(operations))
     assert [path.name for path in root.iterdir()] == [checkpoint_name(6)]
     found = []
     for crash_at in range(len(operations)):
@@ -174,7 +178,8 @@ def test_a_crash_at_any_operation_leaves_a_checkpoint_that_is_whole(saved, ranks
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_at_any_operation_is_one_line_and_keeps_what_was_complete(saved, ranks, code):
+@pytest.mark.fault(6)
+def test_a_full_disk_at_any_operation_is_one_line_and_keeps_what_was_complete(saved, ranks, code, injected):
     root, weights = saved
     engine = PlainEngine()
     load(root / checkpoint_name(4), verified_record(root / checkpoint_name(4)), engine, ranks, TOPOLOGY, seed=0)
@@ -185,6 +190,7 @@ def test_a_full_disk_at_any_operation_is_one_line_and_keeps_what_was_complete(sa
     writing = ("mkdir", "open", "write", "fsync")
     needing_space = [index for index, name in enumerate(operations) if name.split()[0] in writing]
     assert len(needing_space) >= 8
+    injected(len(needing_space))
     for full_at in needing_space:
         shutil.rmtree(root / checkpoint_name(6), ignore_errors=True)
         count = iter(range(1000))
@@ -200,6 +206,39 @@ def test_a_full_disk_at_any_operation_is_one_line_and_keeps_what_was_complete(sa
         check_resume(root, ranks, weights, 4)
     write(root, engine, ranks, 6)
     check_resume(root, ranks, weights, 6)
+
+
+PASSING = ("rename", "stat")
+
+
+@pytest.mark.fault(33)
+def test_names_that_show_up_late_and_renames_that_fail_once_do_not_hurt(saved, ranks, monkeypatch, injected):
+    monkeypatch.setattr("data_prep.files.RETRY_DELAYS", (0.0, 0.0))
+    root, weights = saved
+    engine = PlainEngine()
+    load(root / checkpoint_name(4), verified_record(root / checkpoint_name(4)), engine, ranks, TOPOLOGY, seed=0)
+    engine.train(2)
+    weights[6] = engine.weights()
+    operations = operations_of(lambda: write(root, engine, ranks, 6))
+    places = [index for index, name in enumerate(operations) if name.split()[0] in PASSING]
+    assert len(places) >= 7
+    injected(2 * len(places))
+    for place in places:
+        for tries in (2, 99):
+            shutil.rmtree(root / checkpoint_name(6), ignore_errors=True)
+            count, failures = iter(range(1000)), iter(range(tries))
+
+            def delay(operation, path, count=count, failures=failures, place=place):
+                if next(count) >= place and operation in PASSING and next(failures, None) is not None:
+                    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+            with watching_operations(delay):
+                if tries == 2:
+                    write(root, engine, ranks, 6)
+                else:
+                    with pytest.raises(CheckpointError, match="writing"):
+                        write(root, engine, ranks, 6)
+            check_resume(root, ranks, weights, 6 if tries == 2 else 4)
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -223,11 +262,13 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_every_damaged_file_is_noticed_and_the_checkpoint_before_is_used(saved, ranks, capsys, damage):
+@pytest.mark.fault(9)
+def test_every_damaged_file_is_noticed_and_the_checkpoint_before_is_used(saved, ranks, capsys, damage, injected):
     root, weights = saved
     newest = root / checkpoint_name(4)
     files = files_of(newest)
     assert len(files) == 3
+    injected(len(files))
     for file in files:
         content = file.read_bytes()
         DAMAGES[damage](file)
@@ -240,14 +281,17 @@ def test_every_damaged_file_is_noticed_and_the_checkpoint_before_is_used(saved, 
     check_resume(root, ranks, weights, 4)
 
 
-def test_no_flipped_bit_in_the_record_resumes_at_a_wrong_step(saved):
+@pytest.mark.fault(9)
+def test_no_flipped_bit_in_the_record_resumes_at_a_wrong_step(saved, injected):
     """The record holds the step; it must not be the one file that nothing vouches for."""
     root, _ = saved
     path = root / checkpoint_name(4)
     content = (path / RECORD).read_bytes()
     whole = verified_record(path)
     until_files = content.index(b'"files"')
-    for place in [*range(until_files), *range(until_files, len(content), 7)]:
+    places = [*range(until_files), *range(until_files, len(content), 7)]
+    injected(len(places))
+    for place in places:
         (path / RECORD).write_bytes(content)
         flip(path / RECORD, place)
         try:
@@ -256,8 +300,10 @@ def test_no_flipped_bit_in_the_record_resumes_at_a_wrong_step(saved):
             continue
 
 
-def test_files_of_another_step_do_not_pass(saved, ranks):
+@pytest.mark.fault(9)
+def test_files_of_another_step_do_not_pass(saved, ranks, injected):
     root, weights = saved
+    injected(2)
     for name in (path.name for path in files_of(root / checkpoint_name(4)) if path.name != RECORD):
         file = root / checkpoint_name(4) / name
         content = file.read_bytes()
@@ -266,6 +312,7 @@ def test_files_of_another_step_do_not_pass(saved, ranks):
         file.write_bytes(content)
 
 
+@pytest.mark.fault(9)
 def test_when_all_are_damaged_the_run_stops_instead_of_starting_over(saved):
     root, _ = saved
     for path in root.iterdir():
@@ -274,6 +321,7 @@ def test_when_all_are_damaged_the_run_stops_instead_of_starting_over(saved):
         newest_valid(root)
 
 
+@pytest.mark.fault(3)
 def test_what_was_never_completed_is_ignored_and_named(saved, ranks, capsys):
     root, weights = saved
     shutil.copytree(root / checkpoint_name(4), root / f"{checkpoint_name(6)}.partial")
@@ -281,6 +329,7 @@ def test_what_was_never_completed_is_ignored_and_named(saved, ranks, capsys):
     assert f"{checkpoint_name(6)}.partial: was never completed, ignored" in capsys.readouterr().err
 
 
+@pytest.mark.fault(20)
 def test_only_names_decide_which_is_newest(saved, ranks):
     root, weights = saved
     for age, step in ((10**9, 4), (10, 2)):
@@ -289,6 +338,7 @@ def test_only_names_decide_which_is_newest(saved, ranks):
     check_resume(root, ranks, weights, 4)
 
 
+@pytest.mark.fault(30)
 def test_a_file_outside_the_folder_is_not_followed(saved, tmp_path, ranks, monkeypatch):
     import pipeline.checkpoints as module
     from data_prep.files import file_hash, read_json, write_json
@@ -314,6 +364,7 @@ def test_the_last_ones_are_kept_and_partial_ones_before_them_go(saved, ranks):
     assert sorted(path.name for path in root.iterdir()) == expected
 
 
+@pytest.mark.fault(9)
 def test_a_damaged_later_checkpoint_does_not_push_out_the_good_one_before_it(saved, ranks, capsys):
     """Back from 4 (damaged) to 2, then on to 3: keeping one must keep 3, not the ruin of 4."""
     root, weights = saved
@@ -327,9 +378,11 @@ def test_a_damaged_later_checkpoint_does_not_push_out_the_good_one_before_it(sav
     assert not (root / checkpoint_name(2)).exists()
 
 
-def test_another_precision_or_another_student_is_refused(saved, ranks):
+@pytest.mark.fault(9)
+def test_another_precision_or_another_student_is_refused(saved, ranks, injected):
     root, _ = saved
     path = root / checkpoint_name(4)
+    injected(2)
     other = Topology(world_size=1, zero_stage=0, precision="bf16", expert_parallel_size=1)
     with pytest.raises(CapgapError, match=r"written with precision fp32, this run has bf16"):
         load(path, verified_record(path), PlainEngine(), ranks, other, seed=0)

@@ -48,13 +48,17 @@ def test_missing_shards_are_named_with_the_command_that_makes_them(refused, tmp_
     assert "capgap prepare" in refused(3, "--data.shards", str(tmp_path / "empty"))
 
 
-def test_shards_without_one_of_their_files_name_it(refused, tmp_path, shards_folder):
-    for file in sorted(path.name for path in shards_folder.iterdir() if path.is_file()):
+@pytest.mark.fault(8)
+def test_shards_without_one_of_their_files_name_it(refused, tmp_path, shards_folder, injected):
+    files = sorted(path.name for path in shards_folder.iterdir() if path.is_file())
+    injected(len(files))
+    for file in files:
         copied = shutil.copytree(shards_folder, tmp_path / f"without {file}")
         (copied / file).unlink()
         assert file in refused(3, "--data.shards", str(copied))
 
 
+@pytest.mark.fault(24)
 def test_fewer_rows_than_a_global_batch_are_an_error_with_both_numbers(refused):
     line = refused(2, "--batch.global_size", "128", "--batch.micro_size", "4")
     assert "batch.global_size (128)" in line and "96 rows" in line
@@ -65,6 +69,7 @@ def test_a_global_batch_that_does_not_divide_names_the_nearest_that_do(refused):
     assert "batch.global_size (18)" in line and "16 or 20" in line
 
 
+@pytest.mark.fault(16)
 def test_permuted_vocabularies_are_noticed_with_examples(refused, tmp_path):
     permuted = [*VOCABULARY[:5], *reversed(VOCABULARY[5:])]
     folder = write_rows(tmp_path / "permuted", vocabulary=permuted)
@@ -73,9 +78,11 @@ def test_permuted_vocabularies_are_noticed_with_examples(refused, tmp_path):
     assert "'word194' 5 -> 199" in line and "--tokenizer" in line
 
 
+@pytest.mark.fault(16)
 def test_a_teacher_with_fewer_tokens_than_the_shards_is_refused_and_one_with_more_is_not(
-    tmp_path, teacher_folder, recipe, capsys
+    tmp_path, teacher_folder, recipe, capsys, injected
 ):
+    injected(2)
     folder = write_rows(tmp_path / "more", vocabulary=[*VOCABULARY, "extra"])
     assert cli.main(["distill", "--config", str(recipe), "--data.shards", str(folder), "--dry-run"]) == 3
     error = capsys.readouterr().err
@@ -86,6 +93,7 @@ def test_a_teacher_with_fewer_tokens_than_the_shards_is_refused_and_one_with_mor
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "vocab.txt"])
+@pytest.mark.fault(15)
 def test_a_teacher_folder_without_one_of_its_files_names_it(refused, tmp_path, teacher_folder, file):
     copied = shutil.copytree(teacher_folder, tmp_path / "teacher")
     (copied / file).unlink()
@@ -94,7 +102,8 @@ def test_a_teacher_folder_without_one_of_its_files_names_it(refused, tmp_path, t
     assert str(copied) in line
 
 
-def test_every_file_of_a_sharded_teacher_is_asked_for(refused, tmp_path, teacher_folder):
+@pytest.mark.fault(15)
+def test_every_file_of_a_sharded_teacher_is_asked_for(refused, tmp_path, teacher_folder, injected):
     from transformers import BertModel
 
     folder = shutil.copytree(teacher_folder, tmp_path / "sharded")
@@ -102,6 +111,7 @@ def test_every_file_of_a_sharded_teacher_is_asked_for(refused, tmp_path, teacher
     BertModel.from_pretrained(teacher_folder, add_pooling_layer=False).save_pretrained(folder, max_shard_size="40KB")
     parts = sorted(folder.glob("model-*.safetensors"))
     assert len(parts) >= 2
+    injected(len(parts) + 1)
     for part in parts:
         part.rename(tmp_path / "away")
         assert part.name in refused(3, "--teacher.model", str(folder))
@@ -111,19 +121,23 @@ def test_every_file_of_a_sharded_teacher_is_asked_for(refused, tmp_path, teacher
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]"])
+@pytest.mark.fault(15)
 def test_a_teacher_config_that_is_no_json_object_is_named(refused, tmp_path, teacher_folder, content):
     copied = shutil.copytree(teacher_folder, tmp_path / "teacher")
     (copied / "config.json").write_text(content, encoding="utf-8")
     assert "config.json" in refused(3, "--teacher.model", str(copied))
 
 
-def test_a_teacher_that_is_nowhere_is_answered_with_how_to_get_it(refused, tmp_path):
+@pytest.mark.fault(15)
+def test_a_teacher_that_is_nowhere_is_answered_with_how_to_get_it(refused, tmp_path, injected):
+    injected(3)
     assert "no such folder" in refused(3, "--teacher.model", str(tmp_path / "none"))
     line = refused(3, "--teacher.model", "nobody/no-such-model")
     assert "nobody/no-such-model" in line and "hf download nobody/no-such-model" in line
     assert "pip install no-such-package" in refused(3, "--teacher.model", "package:no_such_package")
 
 
+@pytest.mark.fault(30)
 def test_remote_code_of_the_hub_needs_a_pinned_revision(recipe, capsys):
     flags = ["--teacher.model", "nobody/model", "--teacher.trust_remote_code", "true", "--dry-run"]
     assert cli.main(["distill", "--config", str(recipe), *flags]) == 2
@@ -178,13 +192,16 @@ def begun(recipe) -> Path:
     return run
 
 
-def test_an_output_folder_of_another_config_is_refused_key_by_key(refused, begun):
+@pytest.mark.fault(19)
+def test_an_output_folder_of_another_config_is_refused_key_by_key(refused, begun, injected):
+    injected(2)
     line = refused(2, "--student.num_experts", "2", "--optimizer.learning_rate", "2e-3")
     assert f"out: {begun}" in line
     assert "student.num_experts (4 -> 2)" in line and "optimizer.learning_rate (0.001 -> 0.002)" in line
     assert "--out" in line
 
 
+@pytest.mark.fault(19)
 def test_an_output_folder_of_other_data_is_refused(refused, begun, tmp_path):
     other = write_rows(tmp_path / "other", seed=9)
     assert f"the content of {other}" in refused(2, "--data.shards", str(other))
@@ -226,6 +243,7 @@ def test_paths_with_spaces_and_letters_of_any_script_work(tmp_path, teacher_fold
 
 
 @pytest.mark.parametrize("kept", [0, 5, 500, -1])
+@pytest.mark.fault(15)
 def test_a_teacher_whose_weights_are_cut_short_is_one_line(refused, tmp_path, teacher_folder, kept):
     copied = shutil.copytree(teacher_folder, tmp_path / "teacher")
     weights = (copied / "model.safetensors").read_bytes()

@@ -6,6 +6,7 @@ import re
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 
@@ -69,13 +70,15 @@ class Suggestions:
     def add(self, meant: str, text: str) -> None:
         (self.right if f"did you mean {meant}?" in text else self.wrong).append(text)
 
-    def check(self, at_least: int) -> None:
+    def check(self, at_least: int, injected: Callable[..., None]) -> None:
         total = len(self.right) + len(self.wrong)
+        injected(total, note=f"{len(self.right)} of {total} suggestions right")
         assert total >= at_least
         assert len(self.right) >= 0.95 * total, self.wrong[:5]
 
 
-def test_every_misspelt_yaml_key_is_refused_and_95_of_100_suggestions_are_right(write):
+@pytest.mark.fault(22)
+def test_every_misspelt_yaml_key_is_refused_and_95_of_100_suggestions_are_right(write, injected):
     suggestions = Suggestions()
     for key in known_keys():
         section, _, name = key.rpartition(".")
@@ -85,10 +88,11 @@ def test_every_misspelt_yaml_key_is_refused_and_95_of_100_suggestions_are_right(
             text = message(write(f"{section}:\n  {typo}: 1\n" if section else f"{typo}: 1\n"))
             assert "recipe.yaml: unknown key" in text and typo in text
             suggestions.add(key, text)
-    suggestions.check(at_least=500)
+    suggestions.check(500, injected)
 
 
-def test_every_misspelt_flag_is_refused_and_95_of_100_suggestions_are_right(write):
+@pytest.mark.fault(22)
+def test_every_misspelt_flag_is_refused_and_95_of_100_suggestions_are_right(write, injected):
     recipe, suggestions = write(WHOLE), Suggestions()
     for key in known_keys():
         # Every other character: the recipe is read each time, and the test of YAML keys takes them all.
@@ -96,10 +100,11 @@ def test_every_misspelt_flag_is_refused_and_95_of_100_suggestions_are_right(writ
             text = message(recipe, f"--{typo}", "1")
             assert f"flag --{typo}: unknown key" in text
             suggestions.add(key, text)
-    suggestions.check(at_least=400)
+    suggestions.check(400, injected)
 
 
-def test_every_misspelt_ds_config_key_is_refused_and_95_of_100_suggestions_are_right(write):
+@pytest.mark.fault(22)
+def test_every_misspelt_ds_config_key_is_refused_and_95_of_100_suggestions_are_right(write, injected):
     """DeepSpeed itself takes `zero_optimzation` without a word and trains at stage 0."""
     suggestions = Suggestions()
     for key in sorted(DS_CONFIG_KEYS - DS_CONFIG_OWNED.keys()):
@@ -109,7 +114,7 @@ def test_every_misspelt_ds_config_key_is_refused_and_95_of_100_suggestions_are_r
             with pytest.raises(ConfigError, match=r"settings\.json: DeepSpeed knows no key") as caught:
                 load_ds_config(str(write(json.dumps({typo: 1}), "settings.json")))
             suggestions.add(key, str(caught.value))
-    suggestions.check(at_least=500)
+    suggestions.check(500, injected)
 
 
 def test_the_known_ds_config_keys_are_read_by_the_installed_deepspeed():
@@ -350,7 +355,8 @@ def test_every_mistake_is_told_at_once_a_line_each(write):
     assert all(any(key in line for line in lines) for key in (*told, "optimizer.learning_rate")), lines
 
 
-def test_every_key_that_differs_from_the_earlier_run_is_listed_unless_no_number_depends_on_it():
+@pytest.mark.fault(19)
+def test_every_key_that_differs_from_the_earlier_run_is_listed_unless_no_number_depends_on_it(injected):
     before = asdict(RunConfig())
     how_it_is_watched = (
         "out engine.timeout_minutes engine.on_collapse log.every_steps "
@@ -358,6 +364,7 @@ def test_every_key_that_differs_from_the_earlier_run_is_listed_unless_no_number_
     )
     how_it_is_cut = "engine.ds_config engine.expert_parallel_size engine.activation_checkpointing batch.micro_size"
     may_change = {*how_it_is_watched.split(), *how_it_is_cut.split()}
+    injected(len(leaves(before)))
     for key, value in leaves(before).items():
         after = asdict(RunConfig())
         section = after
@@ -390,6 +397,7 @@ def test_every_field_has_a_line_of_doc():
 
 
 @pytest.mark.parametrize("kind", ["yaml", "flag", "ds_config"])
+@pytest.mark.fault(22)
 def test_a_typo_costs_less_than_two_seconds_because_torch_is_not_imported(recipe, tmp_path, kind):
     (tmp_path / "typo.json").write_text('{"zero_optimzation": {"stage": 1}}', encoding="utf-8")
     if kind == "yaml":

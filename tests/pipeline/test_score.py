@@ -268,6 +268,7 @@ def test_a_model_folder_without_its_weights_is_refused(model, tmp_path, capsys):
     refused(capsys, run(tmp_path / "nowhere", tmp_path / "out", *SMALL), 3, "nowhere")
 
 
+@pytest.mark.fault(30)
 def test_code_that_comes_with_a_model_needs_permission(model, tmp_path, capsys):
     folder = tmp_path / "custom"
     copy_folder(model, folder)

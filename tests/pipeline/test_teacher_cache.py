@@ -113,6 +113,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.fault(4)
 def test_a_killed_cache_goes_on_with_the_next_file_and_ends_with_the_same_bytes(folders, tmp_path):
     config = CacheConfig(
         str(folders / "teacher"), folders / "rows", tmp_path / "out", k=8, temperature=2.0, rows_per_file=16
@@ -191,6 +192,7 @@ def test_a_cache_that_does_not_fit_the_run_is_refused(folders, tmp_path, flags, 
     assert any(part in str(caught.value) for part in parts), caught.value
 
 
+@pytest.mark.fault(7)
 def test_a_damaged_file_is_named(folders, tmp_path):
     import shutil
 

@@ -51,6 +51,7 @@ def test_a_run_that_starts_over_shows_nothing_of_the_one_before(tmp_path):
 
 
 @pytest.mark.parametrize("torn", ['{"step": 3, "a"', "", "null", '{"a": 1}', "\0\0\0"])
+@pytest.mark.fault(1)
 def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path, torn):
     path = tmp_path / "lines.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n' + torn, encoding="utf-8")
@@ -68,6 +69,7 @@ def test_every_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
     lines.close()
 
 
+@pytest.mark.fault(26)
 def test_a_file_in_the_way_of_tensorboard_is_named_once_and_the_run_goes_on(tmp_path, capsys):
     (tmp_path / "tensorboard").write_text("in the way", encoding="utf-8")
     log(Tracker(tmp_path, resume_step=0), 1, 4)
@@ -75,6 +77,7 @@ def test_a_file_in_the_way_of_tensorboard_is_named_once_and_the_run_goes_on(tmp_
     assert capsys.readouterr().err.count("warning: TensorBoard is off") == 1
 
 
+@pytest.mark.fault(26)
 def test_tensorboard_failing_in_the_middle_is_named_once_and_the_run_goes_on(tmp_path, capsys):
     tracker = Tracker(tmp_path, resume_step=0)
     tracker.log(1, {"train/loss": 1.0})

@@ -1,9 +1,7 @@
-"""The long fault campaigns of data preparation; prints one line per fault with what was tried and what came out wrong.
+"""Fault campaigns of data preparation: each injects one fault many times and counts what came out wrong.
 
-    python -m data_prep.benchmarks.faults [--quick] [ROW ...]
-
-Every campaign injects the fault itself: crashes and full disks at every operation of data_prep.files, signals to real
-processes, flipped and cut bytes, mutated dumps. The numbers are those of the project's list of faults.
+Crashes and full disks at every operation of data_prep.files, signals to real processes, flipped and cut bytes, mutated
+dumps.
 """
 
 import bz2
@@ -11,7 +9,6 @@ import errno
 import json
 import os
 import random
-import re
 import resource
 import shutil
 import signal
@@ -46,13 +43,10 @@ SAMPLE = ROOT / "data_prep/samples/wikipedia/enwiki-2016-sample.xml.bz2"
 class Outcome:
     """What a campaign found: `wrong` counts silent losses, duplicates and wrong bytes; `uncaught` errors not ours."""
 
-    row: int
-    fault: str
     tried: int = 0
     wrong: int = 0
     uncaught: int = 0
     note: str = ""
-    seconds: float = 0.0
 
 
 class Crash(BaseException):
@@ -93,8 +87,8 @@ def _quietly(config: PrepareConfig) -> None:
 
 
 def crash_at_every_operation(folder: Path, stride: int = 1) -> Outcome:
-    """Row 4: stops at operation k, for every k, runs again, and compares all bytes with an unbroken run."""
-    outcome = Outcome(4, "crash at every write, fsync, rename")
+    """Stops at operation k, for every k, runs again, and compares all bytes with an unbroken run."""
+    outcome = Outcome()
     config = small_job(folder)
     operations: list[str] = []
     with watching_operations(lambda operation, _: operations.append(operation)):
@@ -127,8 +121,8 @@ def crash_at_every_operation(folder: Path, stride: int = 1) -> Outcome:
 
 
 def full_disk_at_every_operation(folder: Path, stride: int = 1) -> Outcome:
-    """Row 6: no space left at operation k, for every k: one error that names a path, and nothing half-written."""
-    outcome = Outcome(6, "no space at every operation")
+    """No space left at operation k, for every k: one error that names a path, and nothing half-written."""
+    outcome = Outcome()
     config = small_job(folder)
     operations: list[str] = []
     with watching_operations(lambda operation, _: operations.append(operation)):
@@ -161,8 +155,8 @@ def full_disk_at_every_operation(folder: Path, stride: int = 1) -> Outcome:
 
 
 def kill_at_random_times(folder: Path, times: int) -> Outcome:
-    """Row 4: SIGKILL to the whole process group of a real command with 1 to 3 workers, then the same command again."""
-    outcome = Outcome(4, "SIGKILL at a random time, 1 to 3 workers")
+    """SIGKILL to the whole process group of a real command with 1 to 3 workers, then the same command again."""
+    outcome = Outcome()
     config = small_job(folder)
     _quietly(config)
     expected = contents(config.out)
@@ -186,8 +180,8 @@ def kill_at_random_times(folder: Path, times: int) -> Outcome:
 
 
 def flip_bits(folder: Path, times: int) -> Outcome:
-    """Row 7: one flipped bit in a shard is found before a row of it is returned."""
-    outcome = Outcome(7, "flipped bit in a shard")
+    """One flipped bit in a shard is found before a row of it is returned."""
+    outcome = Outcome()
     config = small_job(folder)
     _quietly(config)
     files = sorted(config.out.glob("data-*.arrow"))
@@ -206,8 +200,8 @@ def flip_bits(folder: Path, times: int) -> Outcome:
 
 
 def cut_shards(folder: Path, times: int) -> Outcome:
-    """Row 8: a shard cut anywhere, and at the end of its record batch, is refused."""
-    outcome = Outcome(8, "cut shard")
+    """A shard cut anywhere, and at the end of its record batch, is refused."""
+    outcome = Outcome()
     config = small_job(folder)
     _quietly(config)
     file = min(config.out.glob("data-*.arrow"))
@@ -229,8 +223,8 @@ def _is_data_error(attempt: Callable[[], object]) -> bool:
 
 
 def cut_dumps(folder: Path, times: int) -> Outcome:
-    """Row 10: a dump cut at any byte, or with bytes between its streams, is an error; a partial read keeps a prefix."""
-    outcome = Outcome(10, "cut dump, garbage between streams")
+    """A dump cut at any byte, or with bytes between its streams, is an error; a partial read keeps a prefix."""
+    outcome = Outcome()
     text = bz2.decompress(SAMPLE.read_bytes())
     pages = text[text.index(b"  <page>") :].split(b"</page>\n")
     streams = [text[: text.index(b"  <page>")], *(page + b"</page>\n" for page in pages[:30]), pages[-1]]
@@ -282,9 +276,9 @@ PATHOLOGICAL = {
 }
 
 
-def pathological_pages(folder: Path) -> Outcome:
-    """Row 12: generated pages up to the size cap, each within the time limit, memory within 1 GB."""
-    outcome = Outcome(12, "pathological markup, 8 MB pages")
+def pathological_pages() -> Outcome:
+    """Generated pages up to the size cap, each within the time limit, memory within 1 GB."""
+    outcome = Outcome()
     slowest = ("", 0.0)
     for name, text in PATHOLOGICAL.items():
         start = time.process_time()
@@ -307,8 +301,8 @@ def pathological_pages(folder: Path) -> Outcome:
 
 
 def fuzz_dumps(times: int, seed: int = 0) -> Outcome:
-    """Row 13: mutated XML and bz2 dumps give pages or our error; each page that comes out is cleaned."""
-    outcome = Outcome(13, "mutated dumps")
+    """Mutated XML and bz2 dumps give pages or our error; each page that comes out is cleaned."""
+    outcome = Outcome()
     rng = random.Random(seed)
     text = bz2.decompress(SAMPLE.read_bytes())
     begin = text.index(b"  <page>")
@@ -361,65 +355,3 @@ def fuzz_dumps(times: int, seed: int = 0) -> Outcome:
                 outcome.uncaught += 1
                 outcome.note = repr(error)
     return outcome
-
-
-def tests_of(row: int, fault: str, selection: str) -> Outcome:
-    """A fault whose campaign is a set of ordinary tests."""
-    command = [sys.executable, "-m", "pytest", "tests/data_prep", "-q", "-p", "no:cacheprovider", "-k", selection]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    summary = finished.stdout.strip().splitlines()[-1]
-    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error)", summary)}
-    wrong = sum(counts.values()) - counts.get("passed", 0) if counts.get("passed") else 1
-    return Outcome(row, fault, sum(counts.values()), wrong, 0, summary if wrong else "tests")
-
-
-def main(arguments: list[str]) -> int:
-    """Runs all campaigns and prints the table; 1 when anything came out wrong."""
-    quick = "--quick" in arguments
-    wanted = {int(argument) for argument in arguments if argument.isdigit()}
-    scratch = Path(tempfile.mkdtemp(prefix="capgap-faults-"))
-    campaigns: list[tuple[int, Callable[[], Outcome]]] = [
-        (4, lambda: crash_at_every_operation(scratch / "crash", 10 if quick else 1)),
-        (4, lambda: kill_at_random_times(scratch / "kill", 3 if quick else 50)),
-        (6, lambda: full_disk_at_every_operation(scratch / "full", 10 if quick else 1)),
-        (7, lambda: flip_bits(scratch / "flip", 20 if quick else 200)),
-        (8, lambda: cut_shards(scratch / "cut", 10 if quick else 100)),
-        (10, lambda: cut_dumps(scratch / "dump", 20 if quick else 200)),
-        (
-            11,
-            lambda: tests_of(
-                11, "bad UTF-8, control characters, UTF-16, NUL", "not_text or utf16 or damaged_xml or unicode_enc"
-            ),
-        ),
-        (12, lambda: pathological_pages(scratch)),
-        (13, lambda: fuzz_dumps(300 if quick else 10_000)),
-        (14, lambda: tests_of(14, "XML bombs, DTD, external entity", "bomb or endless")),
-        (20, lambda: tests_of(20, "clock skew, mtime disorder", "clock")),
-        (21, lambda: tests_of(21, "two jobs, one folder", "locks or second_writer")),
-        (24, lambda: tests_of(24, "empty sources, no rows", "no_row_at_all or is_nothing or no_rows or empty")),
-        (28, lambda: tests_of(28, "unicode, space, long, relative, link paths, LC_ALL=C", "unusual_paths or locale")),
-        (29, lambda: tests_of(29, "crafted manifests", "manifest or listed_twice")),
-        (33, lambda: tests_of(33, "late visibility, failed rename", "rename_that_fails or shows_its_full_size")),
-    ]
-    outcomes = []
-    print("| row | fault | tried | wrong | uncaught | seconds | note |\n|---|---|---|---|---|---|---|", flush=True)
-    try:
-        for row, campaign in campaigns:
-            if wanted and row not in wanted:
-                continue
-            start = time.monotonic()
-            outcome = campaign()
-            outcome.seconds = time.monotonic() - start
-            outcomes.append(outcome)
-            print(
-                f"| {outcome.row} | {outcome.fault} | {outcome.tried} | {outcome.wrong} | {outcome.uncaught} | "
-                f"{outcome.seconds:.0f} | {outcome.note} |",
-                flush=True,
-            )
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return int(any(outcome.wrong or outcome.uncaught for outcome in outcomes))
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
