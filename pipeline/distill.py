@@ -58,12 +58,14 @@ def main(argv: list[str] | None = None) -> int:
             time.sleep(3)
         return error.exit_code
     try:
-        return distill(config, checked)
+        code = distill(config, checked)
     except Exception as error:
         known = explain(error, config)
         print(f"error: rank {place.rank}: {known}", file=sys.stderr, flush=True)
-        end_process(known.exit_code)
-        raise  # not reached
+        code = known.exit_code
+    # Python would take a second or two per rank to tear everything down, object by object.
+    end_process(code)
+    raise AssertionError("not reached")
 
 
 def meet_at_a_free_port(place: Place) -> None:
@@ -214,6 +216,7 @@ def distill(config: RunConfig, checked: Checked) -> int:
     if place_from_environment().rank == 0:
         lock.enter_context(folder_lock(out, "run"))
     ranks = join(place_from_environment(), config.engine.timeout_minutes)
+    stop.ranks_have_met()
     student, teacher = build_models(config, checked)
     sizes = describe(config, checked, student, teacher)
     is_sharded = ranks.rank == 0 and require_resources(config, checked, student, teacher, ranks.world_size)

@@ -64,8 +64,7 @@ def pytest_terminal_summary(terminalreporter) -> None:
     for outcome in ("passed", "failed", "error"):
         for report in terminalreporter.stats.get(outcome, []):
             counts = {name: [value for key, value in report.user_properties if key == name] for name in COUNTED}
-            tried = sum(counts["injected"]) or 1
-            survived = sum(counts["survived"]) if counts["injected"] else 1
+            tried, survived = (sum(counts[name]) if counts["injected"] else 1 for name in ("injected", "survived"))
             if outcome != "passed":
                 survived = min(survived, tried - 1)
                 counts["note"].append(f"**{outcome}: {report.nodeid.rpartition('::')[2]}**")

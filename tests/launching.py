@@ -88,6 +88,22 @@ def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
     return [found[rank] for rank in sorted(found)]
 
 
+def gone(processes: list[psutil.Process], *, within: float) -> bool:
+    """Whether all processes end within so many seconds; one that nobody has buried yet has ended."""
+
+    def is_alive(process: psutil.Process) -> bool:
+        with suppress(psutil.NoSuchProcess):
+            return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return False
+
+    deadline = time.monotonic() + within
+    while any(map(is_alive, processes)):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
 def wait_for(condition, seconds: float = 180) -> None:
     deadline = time.monotonic() + seconds
     while not condition():

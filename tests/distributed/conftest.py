@@ -42,7 +42,7 @@ def two_ranks(engine_recipe, decoder_recipe, zero_3_whatever_the_size):
     folder = engine_recipe.parent / "two"
     cases = {
         "ZeRO 0, clipped": case("zero0", experts=2, micro=8, clip=0.05, poison=True, reseed=True),
-        "ZeRO 1": case("zero1", experts=2, micro=8, save=folder / "a"),
+        "ZeRO 1": case("zero1", experts=2, micro=8, poison=True, save=folder / "a"),
         "ZeRO 2, accumulation, clipped": case("zero2", experts=2, micro=4, clip=0.05, poison=True),
         "ZeRO 3, an expert without tokens": case(
             zero_3_whatever_the_size, experts=2, micro=4, starve=True, poison=True
@@ -61,6 +61,9 @@ def two_ranks(engine_recipe, decoder_recipe, zero_3_whatever_the_size):
         "bf16 at ZeRO 1, accumulation": case(
             "zero1", experts=2, micro=4, precision="bf16", poison=True, save=folder / "b"
         ),
+        **{
+            f"bf16 at ZeRO {stage}": case(f"zero{stage}", micro=8, precision="bf16", poison=True) for stage in (0, 2, 3)
+        },
     }
     return run_cases(engine_recipe, cases, ranks=2, folder=folder)
 

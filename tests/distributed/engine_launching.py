@@ -37,7 +37,7 @@ def case(
 ) -> dict[str, Any]:
     """Three steps of the global batch under a ZeRO config, with `experts` ranks sharing the experts of a layer.
 
-    `poison` takes a step before them that must change nothing: one rank's expert has a gradient that is not finite.
+    `poison` takes steps before them that must change nothing: something of one rank is not finite in each.
     `reseed` makes experts copies of another one after the first step.
     `resume` goes on from a checkpoint after three steps for two more, `save` writes one after the last step.
     """

@@ -130,15 +130,26 @@ class EngineLoop:
             move_biases(self.student, loads, self.config)
         return sum(ranks.gather(total)) / num_tokens, norm or gradient_norm(engine)
 
-    def poisoned_step(self, step: int) -> list[bool]:
-        """A step in which one expert of the last rank has a gradient that is not finite: which ranks applied it."""
-        name, parameter = next((n, p) for n, p in self.student.named_parameters() if ".experts." in n)
-        assert name.endswith(("w1", "gate_up_proj"))
-        is_last = self.ranks.rank == self.ranks.world_size - 1
-        handle = parameter.register_hook(lambda grad: grad * float("nan") if is_last else grad)
+    def poisoned_step(self, step: int, where: str, rank: int) -> bool:
+        """A step in which something of one rank is not finite: whether any rank applied it, or any weight changed."""
+
+        def poisoned(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor * float("nan") if self.ranks.rank == rank else tensor
+
+        if where == "gradient of an expert":
+            name, parameter = next((n, p) for n, p in self.student.named_parameters() if ".experts." in n)
+            assert name.endswith(("w1", "gate_up_proj"))
+            handle = parameter.register_hook(poisoned)
+        else:
+            model = {"input": self.student, "teacher": self.teacher}[where]
+            embedding = next(module for module in model.modules() if isinstance(module, torch.nn.Embedding))
+            handle = embedding.register_forward_hook(lambda module, inputs, output: poisoned(output))
+        before = [piece.views["weight"].clone() for piece in held_pieces(self.engine)]
         self.step(step)
         handle.remove()
-        return self.ranks.gather(self.was_applied)
+        after = [piece.views["weight"] for piece in held_pieces(self.engine)]
+        is_same = all(old.equal(new) for old, new in zip(before, after, strict=True))
+        return any(self.ranks.gather(self.was_applied or not is_same))
 
     def compared_with(self, bare: BareLoop) -> dict[str, float]:
         """The largest difference of any weight and moment on any rank, and the parameters that no rank holds."""
@@ -219,7 +230,11 @@ def run_case(case: dict[str, Any], recipe: str, ranks: Any) -> dict[str, Any]:
         result["after load"] = loop.differences_from_files(path)
         assert updates_taken(loop.engine) == first
     if case["poison"]:
-        result["applied"] = loop.poisoned_step(first)
+        result["applied"] = {
+            f"{where} of rank {rank}": loop.poisoned_step(first, where, rank)
+            for where in ("input", "teacher", "gradient of an expert")
+            for rank in range(ranks.world_size)
+        }
     for step in range(first, last):
         (wanted, wanted_norm), (loss, norm) = bare.step(step), loop.step(step)
         result["loss"].append(abs(loss - wanted))

@@ -89,10 +89,21 @@ def test_on_one_rank(one_rank, name):
 
 @pytest.mark.slow
 def test_a_real_run_of_two_ranks_that_share_experts_goes_on_alone(recipe):
-    """Logged sums that span the change come out as well."""
+    """Logged sums that span the change come out as well, over 50 steps."""
     run = recipe.parent / "run"
     still = ("--student.dropout", "0", "--student.router_jitter", "0")
-    flags = ["--config", str(recipe), *still, "--log.every_steps", "3", "--checkpoint.keep_last", "9"]
+    flags = [
+        "--config",
+        str(recipe),
+        *still,
+        "--steps",
+        "50",
+        "--log.every_steps",
+        "3",
+        "--checkpoint.every_steps",
+        "10",
+    ]
+    flags += ["--checkpoint.keep_last", "9"]
     shared = ("--engine.expert_parallel_size", "2", "--engine.ds_config", "ds_configs/zero3.json")
     code, output = distill(*flags, *shared, ranks=2)
     assert code == 0, output
@@ -100,15 +111,15 @@ def test_a_real_run_of_two_ranks_that_share_experts_goes_on_alone(recipe):
 
     (run / "DONE").unlink()
     shutil.rmtree(run / "export")
-    for step in (4, 6):
-        shutil.rmtree(run / f"checkpoints/step-0000000{step}")
+    for step in (20, 30, 40, 50):
+        shutil.rmtree(run / f"checkpoints/step-000000{step}")
     alone = ("--engine.ds_config", "ds_configs/zero0.json", "--batch.micro_size", "16")
     code, output = distill(*flags, *alone)
     assert code == 0, output
     assert "from 2 ranks, now 1" in output
     for ours, expected in zip(numbers_of(run), numbers, strict=True):
         for name, value in expected.items():
-            assert ours[name] == pytest.approx(value, abs=2e-6), name
+            assert ours[name] == pytest.approx(value, abs=1e-5), name
     found = exported_weights(run)
     assert found.keys() == weights.keys()
-    assert all((found[name] - weights[name]).abs().max() < 1e-6 for name in weights)
+    assert all((found[name] - weights[name]).abs().max() < 1e-5 for name in weights)

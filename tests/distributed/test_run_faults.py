@@ -12,6 +12,7 @@ from launching import (
     distill,
     distill_command,
     exported_weights,
+    gone,
     json_lines,
     numbers_of,
     ranks_of,
@@ -109,8 +110,7 @@ def test_ranks_whose_launcher_is_killed_save_and_leave(recipe):
         for launcher in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
             if launcher not in ranks:
                 launcher.send_signal(signal.SIGKILL)
-        _, alive = psutil.wait_procs(ranks, timeout=10)
-        assert not alive, "ranks outlived their launcher"
+        assert gone(ranks, within=10), "ranks outlived their launcher"
     assert not (run / "DONE").exists()
     saved = list((run / "checkpoints").glob("step-*/checkpoint.json"))
     assert len(saved) == 1, "no checkpoint was saved at the end of the step"

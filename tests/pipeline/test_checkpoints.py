@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -364,6 +365,48 @@ def test_the_last_ones_are_kept_and_partial_ones_before_them_go(saved, ranks):
     assert sorted(path.name for path in root.iterdir()) == expected
 
 
+class Payload:
+    """Pickled, it creates a file when it is unpickled."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return open, (str(self.marker), "w")
+
+
+@pytest.mark.fault(30)
+def test_pickles_in_a_checkpoint_are_never_opened(saved, tmp_path, ranks, injected):
+    """Not even where a forged record vouches for them, and not those that other programs would look for."""
+    from data_prep.files import content_hash, read_json, write_json
+    from pipeline.checkpoints import _record_hash
+
+    root, weights = saved
+    path, marker = root / checkpoint_name(4), tmp_path / "ran"
+    pickled = pickle.dumps(Payload(marker))
+    pickle.loads(pickled).close()
+    assert marker.exists(), "the payload does nothing"
+    marker.unlink()
+    record = read_json(path / RECORD, "")
+    names = sorted(record["files"])
+    injected(len(names) + 1)
+    for name in names:
+        content = (path / name).read_bytes()
+        (path / name).write_bytes(pickled)
+        forged = {**record, "files": {**record["files"], name: content_hash(pickled)}}
+        forged["hash"] = _record_hash(forged)
+        write_json(path / RECORD, forged)
+        with pytest.raises(CapgapError, match=name):
+            resumed(root, ranks)
+        (path / name).write_bytes(content)
+    write_json(path / RECORD, record)
+    for name in ("mp_rank_00_model_states.pt", "optimizer.pt", ".metadata", "pytorch_model.bin", "latest"):
+        (path / name).write_bytes(pickled)
+        (root / name).write_bytes(pickled)
+    check_resume(root, ranks, weights, 4)
+    assert not marker.exists()
+
+
 @pytest.mark.fault(9)
 def test_a_damaged_later_checkpoint_does_not_push_out_the_good_one_before_it(saved, ranks, capsys):
     """Back from 4 (damaged) to 2, then on to 3: keeping one must keep 3, not the ruin of 4."""
@@ -432,6 +475,7 @@ def test_a_copy_resumes_as_the_original_and_the_newest_of_both_places_is_taken(s
     assert newest_valid(root, copies.parent / "not mounted") is None
 
 
+@pytest.mark.fault(3)
 def test_a_crash_at_any_operation_of_a_copy_leaves_no_damaged_one(saved, copies, ranks):
     root, weights = saved
     newest = root / checkpoint_name(4)

@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
+import pickle
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import pytest
 
 from data_prep.files import write_json
 from data_prep.shards import open_shards, read_manifest, write_manifest
-from launching import PROJECT
+from launching import PROJECT, environment
 from pipeline import cli
 from pipeline.config import load_run_config
 from tiny_runs import VOCABULARY, write_rows, write_teacher, write_tokenizer
@@ -142,6 +145,92 @@ def test_remote_code_of_the_hub_needs_a_pinned_revision(recipe, capsys):
     flags = ["--teacher.model", "nobody/model", "--teacher.trust_remote_code", "true", "--dry-run"]
     assert cli.main(["distill", "--config", str(recipe), *flags]) == 2
     assert "pin teacher.revision" in capsys.readouterr().err
+
+
+class Payload:
+    """Pickled, it creates a file when it is unpickled."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return open, (str(self.marker), "w")
+
+
+@pytest.mark.fault(30)
+def test_a_teacher_that_is_a_pickle_is_refused_and_a_pickle_beside_the_weights_is_not_opened(
+    refused, recipe, tmp_path, teacher_folder, injected
+):
+    injected(2)
+    marker, folder = tmp_path / "ran", shutil.copytree(teacher_folder, tmp_path / "teacher")
+    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt"):
+        (folder / name).write_bytes(pickle.dumps(Payload(marker)))
+    assert cli.main(["distill", "--config", str(recipe), "--teacher.model", str(folder), "--dry-run"]) == 0
+    (folder / "model.safetensors").unlink()
+    assert "pytorch_model.bin is a pickle" in refused(3, "--teacher.model", str(folder))
+    assert not marker.exists()
+
+
+@pytest.fixture
+def armed_teacher(tmp_path, teacher_folder) -> Path:
+    """A teacher whose own code creates a file called `ran` beside it."""
+    folder = shutil.copytree(teacher_folder, tmp_path / "armed")
+    code = f"""open({str(tmp_path / "ran")!r}, "w").close()
+from transformers import BertConfig, BertModel, BertTokenizer
+class Config(BertConfig):
+    model_type = "armed"
+class Model(BertModel):
+    config_class = Config
+class Tokenizer(BertTokenizer):
+    pass
+"""
+    (folder / "armed.py").write_text(code, encoding="utf-8")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    auto_map = {"AutoConfig": "armed.Config", "AutoModel": "armed.Model"}
+    write_json(folder / "config.json", config | {"model_type": "armed", "auto_map": auto_map})
+    tokenizer = {"tokenizer_class": "Tokenizer", "auto_map": {"AutoTokenizer": ["armed.Tokenizer", None]}}
+    write_json(folder / "tokenizer_config.json", tokenizer | {"do_lower_case": True})
+    return folder
+
+
+@pytest.mark.fault(30)
+def test_code_of_a_teacher_runs_only_when_the_recipe_trusts_it(
+    refused, recipe, tmp_path, teacher_folder, shards_folder, armed_teacher, injected, capsys
+):
+    injected(6)
+    ran = tmp_path / "ran"
+    assert "teacher.trust_remote_code" in refused(2, "--teacher.model", str(armed_teacher))
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "word1 word2 word3. " * 20}), encoding="utf-8")
+    commands = [
+        ["distill", "--config", str(recipe), "--student.init_from", str(armed_teacher), "--dry-run"],
+        ["cache", "--teacher", str(armed_teacher), "--shards", str(shards_folder), "--out", str(tmp_path / "a")],
+        ["upcycle", "--model", str(armed_teacher), "--num-experts", "2", "--out", str(tmp_path / "b")],
+        ["prune", "--model", str(armed_teacher), "--shards", str(shards_folder), "--num-layers", "1",
+         "--out", str(tmp_path / "c")],
+        ["prepare", "--source", str(text), "--tokenizer", str(armed_teacher), "--out", str(tmp_path / "d")],
+    ]  # fmt: skip
+    for command in commands:
+        code = run_quietly(command)
+        assert not ran.exists(), command
+        # A tokenizer is read from its files, whatever class it names.
+        assert (code == 0) == (command[0] == "prepare"), command
+
+    trusted = ["distill", "--config", str(recipe), "--teacher.model", str(armed_teacher), "--dry-run"]
+    trusted += ["--teacher.trust_remote_code", "true"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", *trusted],
+        cwd=PROJECT, env=environment(HF_HOME=str(tmp_path / "cache")), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert ran.exists(), "the payload does nothing, so this test shows nothing"
+
+
+def run_quietly(command: list[str]) -> int:
+    try:
+        return cli.main(command)
+    except Exception:  # What matters here is what did not run.
+        return 1
 
 
 @pytest.mark.parametrize(
