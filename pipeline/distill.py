@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.errors import CapgapError, ConfigError, NumericsError
+from data_prep.errors import CapgapError, CheckpointError, ConfigError, NumericsError
 from data_prep.files import make_folder, write_json
 from data_prep.locks import folder_lock
 from data_prep.progress import Progress
 from pipeline.building import build_models, describe, load_models, print_plan, require_resources
-from pipeline.config import RunConfig, load_run_config, print_fields
+from pipeline.config import RunConfig, changed_keys, load_run_config, print_fields
 from pipeline.failures import explain
 from pipeline.preflight import Checked, check_run
 from pipeline.ranks import Place, busy_port, place_from_environment, under_srun
@@ -244,6 +244,7 @@ def distill(config: RunConfig, checked: Checked) -> int:
     position, window, alarms = checkpoints.Position(), Window(), Alarms()
     if found is not None:
         position, states = checkpoints.load(Path(found[0]), found[1], engine, ranks, topology, seed=config.seed)
+        refuse_foreign(found[0], states[0], record)
         window = Window.resumed([state["window"] for state in states], ranks)
         alarms = Alarms(states[0].get("alarms"))
         say(ranks.rank, f"resumed from {found[0]}: step {position.step} of {checked.num_steps}")
@@ -269,7 +270,7 @@ def distill(config: RunConfig, checked: Checked) -> int:
             ranks,
             position=position,
             topology=topology,
-            rank_state={"window": window.to_json(), "alarms": alarms.to_json()},
+            rank_state={"window": window.to_json(), "alarms": alarms.to_json(), "config": record["config"]},
             fingerprints={"data": checked.shards.manifest.fingerprint},
         )
         if copies is not None:
@@ -397,6 +398,16 @@ def distill(config: RunConfig, checked: Checked) -> int:
         write_json(out / DONE, {"step": position.step, "tokens": position.tokens})
         print(f"done: {out}/export (logs: {out}/metrics.jsonl, {out}/tensorboard)", flush=True)
     return code
+
+
+def refuse_foreign(path: str, state: dict[str, Any], record: dict[str, Any]) -> None:
+    """A checkpoint that somebody has put there, or that two runs keep in one place, is not this run's."""
+    differing = changed_keys(state["config"], record["config"])
+    if differing:
+        raise CheckpointError(
+            f"checkpoint {path}: belongs to a run with another config: {'; '.join(differing)} - "
+            "take it out of the folder, or set them back"
+        )
 
 
 def report_skipped_step(step: int, sums: "Window", data: "StepData", shards: Any, ranks: "Ranks") -> None:

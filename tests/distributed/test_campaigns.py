@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from rank_server import RankServer, rank_server
 from launching import BIN, distill_command, gone, json_lines, ranks_of, started, wait_for
 from pipeline.checkpoints import newest_valid
 from pipeline.doctor import compare, steps_taken
+from pipeline.stopping import IMPATIENT_AFTER
 from tiny_runs import RECIPE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -127,6 +129,53 @@ def expects_signals(pid: int) -> bool:
     """Whether the process has blocked SIGTERM, which its own thread then waits for."""
     (line,) = (line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigBlk"))
     return bool(int(line.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+@pytest.mark.fault(5)
+def test_a_second_signal_ends_a_rank_that_waits_for_another(server, flags, tmp_path):
+    run = tmp_path / "run"
+    ranks = server.start(*flags, "--out", str(run), log=tmp_path / "log.txt")
+    wait_for(lambda: steps_taken(run) >= 3)
+    os.kill(ranks.pids[1], signal.SIGSTOP)
+    time.sleep(1)
+    os.kill(ranks.pids[0], signal.SIGTERM)
+    time.sleep(IMPATIENT_AFTER + 1)
+    os.kill(ranks.pids[0], signal.SIGTERM)
+    assert gone([psutil.Process(ranks.pids[0])], within=5)
+    os.kill(ranks.pids[1], signal.SIGKILL)
+    assert ranks.exit_codes(30) == [128 + signal.SIGTERM, -signal.SIGKILL]
+
+
+@pytest.mark.fault(9)
+def test_damaged_and_foreign_checkpoints_start_no_run_over(server, flags, unbroken, tmp_path, injected):
+    """The newest one damaged: back to the one before. All damaged, or those of another run: refused."""
+    injected(3)
+    run, other, log = tmp_path / "run", tmp_path / "other", tmp_path / "log.txt"
+    for out, more in ((run, ()), (other, ("--optimizer.learning_rate", "2e-3"))):
+        ranks = server.start(*flags, *more, "--out", str(out), log=log)
+        wait_for(lambda out=out: saved_step(out) >= 10)
+        for pid in ranks.pids:
+            os.kill(pid, signal.SIGTERM)
+        assert ranks.exit_codes(30) == [75, 75]
+    whole = sorted((run / "checkpoints").iterdir())
+    aside = tmp_path / "aside"
+    shutil.copytree(run / "checkpoints", aside)
+    for damaged in (whole, []):
+        for path in damaged:
+            (path / "rank-00001.json").write_bytes(b"")
+        if not damaged:
+            shutil.rmtree(run / "checkpoints")
+            shutil.copytree(other / "checkpoints", run / "checkpoints")
+        log.unlink()
+        ranks = server.start(*flags, "--out", str(run), log=log)
+        assert ranks.exit_codes(60) == [4, 4]
+        assert ("no usable checkpoint" if damaged else "optimizer.learning_rate (0.002 -> 0.001)") in log.read_text()
+    shutil.rmtree(run / "checkpoints")
+    shutil.copytree(aside, run / "checkpoints")
+    (run / "checkpoints" / whole[-1].name / "state-00000.safetensors").unlink()
+    finish(server, flags, run)
+    assert f"warning: checkpoint {whole[-1].name}" in log.read_text()
+    assert compare(unbroken, run) == []
 
 
 @pytest.mark.fault(5)
