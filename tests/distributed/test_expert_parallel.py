@@ -41,13 +41,13 @@ def test_what_is_not_finite_on_one_rank_is_applied_on_none(two_ranks, injected):
     """Input, teacher or gradient, of either rank, at every ZeRO stage, in fp32 and bf16; the steps after them, compared
     above and below, are as if they had not been."""
     applied = {name: result["applied"] for name, result in two_ranks.items() if "applied" in result}
-    assert len(applied) == 8 and {len(steps) for steps in applied.values()} == {6}
+    assert len(applied) == 7 and {len(steps) for steps in applied.values()} == {6}
     wrong = [(name, step) for name, steps in applied.items() for step, was_applied in steps.items() if was_applied]
-    injected(48, 48 - len(wrong))
+    injected(42, 42 - len(wrong))
     assert not wrong
 
 
-@pytest.mark.parametrize("name", ["bf16 at ZeRO 1, accumulation", *(f"bf16 at ZeRO {stage}" for stage in (0, 2, 3))])
+@pytest.mark.parametrize("name", ["bf16 at ZeRO 1, accumulation", *(f"bf16 at ZeRO {stage}" for stage in (2, 3))])
 def test_bf16_follows_float32(two_ranks, name):
     check_follows_float32(two_ranks[name])
 
