@@ -61,9 +61,7 @@ def two_ranks(engine_recipe, decoder_recipe, zero_3_whatever_the_size):
         "bf16 at ZeRO 1, accumulation": case(
             "zero1", experts=2, micro=4, precision="bf16", poison=True, save=folder / "b"
         ),
-        **{
-            f"bf16 at ZeRO {stage}": case(f"zero{stage}", micro=8, precision="bf16", poison=True) for stage in (2, 3)
-        },
+        **{f"bf16 at ZeRO {stage}": case(f"zero{stage}", micro=8, precision="bf16", poison=True) for stage in (2, 3)},
     }
     return run_cases(engine_recipe, cases, ranks=2, folder=folder)
 
