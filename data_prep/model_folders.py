@@ -1,7 +1,11 @@
 """Finds the folder of a model and checks that it is whole, before anything heavy is imported."""
 
+import atexit
 import importlib.util
 import json
+import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,17 @@ def find_model_folder(name: str, *, revision: str | None = None, with_weights: b
     if with_weights:
         check_weights(folder)
     return folder
+
+
+def keep_code_out_of_home() -> None:
+    """Has transformers copy code that comes with models to a temporary folder, unless HF_HOME or the like names one.
+
+    It would choose the home folder, which can be read-only. Call this before transformers is imported.
+    """
+    if not {"HF_HOME", "HF_MODULES_CACHE", "XDG_CACHE_HOME"} & os.environ.keys():
+        folder = tempfile.mkdtemp(prefix="capgap-modules-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ["HF_MODULES_CACHE"] = folder
 
 
 def package_folder(name: str) -> Path:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from data_prep.errors import CapgapError, CheckpointError, ConfigError, NumericsError
 from data_prep.files import make_folder, write_json
 from data_prep.locks import folder_lock
+from data_prep.model_folders import keep_code_out_of_home
 from data_prep.progress import Progress
 from pipeline.building import build_models, describe, load_models, print_plan, require_resources
 from pipeline.config import RunConfig, changed_keys, load_run_config, print_fields
@@ -187,6 +188,8 @@ def distill(config: RunConfig, checked: Checked) -> int:
 
     # Before torch: a signal during its slow import must not kill the rank.
     stop = StopRequest()
+    if config.teacher.trust_remote_code:
+        keep_code_out_of_home()
     import torch
 
     # DeepSpeed 0.19 calls a collective that torch 2.13 has renamed: nothing a user could mend.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from data_prep.errors import CheckpointError, ConfigError
-from data_prep.model_folders import find_model_folder, read_model_config
+from data_prep.model_folders import find_model_folder, keep_code_out_of_home, read_model_config
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,8 @@ class ModelSource:
                 f"cannot load model: {folder} (auto_map of its config.json) - it runs Python code of its own - "
                 "read its .py files, then pass --trust-remote-code"
             )
+        if trust_remote_code:
+            keep_code_out_of_home()
         return ModelSource(folder, trust_remote_code)
 
     @property
