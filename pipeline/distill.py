@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.errors import CapgapError, CheckpointError, ConfigError, NumericsError
+from data_prep.errors import CapgapError, CheckpointError, NumericsError
 from data_prep.files import make_folder, write_json
 from data_prep.locks import folder_lock
 from data_prep.model_folders import keep_code_out_of_home
@@ -20,8 +20,8 @@ from data_prep.progress import Progress
 from pipeline.building import build_models, describe, load_models, print_plan, require_resources
 from pipeline.config import RunConfig, changed_keys, load_run_config, print_fields
 from pipeline.failures import explain
-from pipeline.preflight import Checked, check_run
-from pipeline.ranks import Place, busy_port, place_from_environment, under_srun
+from pipeline.preflight import Checked, check_port, check_run
+from pipeline.ranks import Place, is_taken, place_from_environment, port_of_launcher, under_srun
 from pipeline.watching import end_process, router_health
 
 if TYPE_CHECKING:
@@ -71,14 +71,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def meet_at_a_free_port(place: Place) -> None:
     """Refuses a port that is taken: the ranks would wait for each other until their timeout, or talk to a stranger."""
-    port = busy_port()
-    if port is None:
+    port = port_of_launcher()
+    if port is None or not is_taken(port):
         return
     if place.rank == 0:
-        raise ConfigError(
-            f"MASTER_PORT ({port}) is in use by another program - the ranks cannot meet there - "
-            f"give another, as in deepspeed --master_port {port + 1}"
-        )
+        check_port(port)
     # The launcher ends this rank as soon as rank 0 has said so; or it is rank 0 itself that listens, far ahead of us.
     time.sleep(5)
 

@@ -1,6 +1,5 @@
 """Finds what is wrong with a run before anything heavy is imported."""
 
-import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from data_prep.shards import ShardSet, folder_vocabulary, open_shards, tokenizer
 from pipeline.cached_signals import CachedSignals, check_cache
 from pipeline.config import RunConfig, changed_keys, listed, load_ds_config
 from pipeline.parallel_rules import check_parallelism
+from pipeline.ranks import is_taken
 
 Result = TypeVar("Result")
 
@@ -288,10 +288,8 @@ def check_copies(config: RunConfig) -> None:
 
 
 def check_port(port: int) -> None:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise ConfigError(
-                f"port {port}: {error.strerror} - another launcher uses it - give deepspeed another --master_port"
-            ) from error
+    if is_taken(port):
+        raise ConfigError(
+            f"port {port} is in use by another program - the ranks cannot meet there - give another, as in "
+            f"deepspeed --master_port {port + 1}"
+        )

@@ -33,19 +33,19 @@ def under_srun() -> bool:
     return "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ
 
 
-def busy_port() -> int | None:
-    """The port at which the ranks are to meet (MASTER_PORT), when somebody listens there already.
-
-    None under torchrun: it is torchrun itself that listens there for its ranks.
-    """
+def port_of_launcher() -> int | None:
+    """The port at which the launcher told the ranks to meet; None under torchrun, which listens there for its ranks."""
     port = os.environ.get("MASTER_PORT")
-    if port is None or "TORCHELASTIC_RUN_ID" in os.environ:
-        return None
+    return None if port is None or "TORCHELASTIC_RUN_ID" in os.environ else int(port)
+
+
+def is_taken(port: int) -> bool:
+    """Whether somebody on this machine listens at the port already."""
     with socket.socket() as probe:
         # What a run before left in TIME_WAIT is no obstacle, neither here nor to the ranks.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("", int(port)))
+            probe.bind(("", port))
         except OSError as error:
-            return int(port) if error.errno == errno.EADDRINUSE else None
-    return None
+            return error.errno == errno.EADDRINUSE
+    return False

@@ -66,7 +66,7 @@ def one_rank(engine_recipe, decoder_recipe, two_ranks, four_ranks):
         "a decoder from 2 ranks to 1, ZeRO 3 to 1": case(
             "zero1",
             recipe=decoder_recipe,
-            flags=("--optimizer.epsilon", "1e-5"),
+            flags=("--optimizer.epsilon", "1e-5", "--loss.hidden_cosine", "0.2", "--loss.hidden_layers", "[0, 2]"),
             resume=two_ranks["a decoder at ZeRO 3"]["saved"],
             reseed=True,
         ),

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 
 import psutil
 import pytest
@@ -82,22 +81,19 @@ def test_nans_in_a_row_stop_the_run_with_a_finite_checkpoint(recipe, poisoned_te
     assert (recipe.parent / "run" / "checkpoints" / "step-00000003" / "checkpoint.json").exists()
 
 
-@pytest.mark.slow  # the launcher waits 30 s for the stopped rank
 @pytest.mark.fault(32)
-def test_a_stuck_rank_is_named_and_the_run_ends(recipe):
+def test_a_stuck_rank_is_named_and_the_others_end(recipe):
     flags = ["--config", str(recipe), "--steps", "2000", "--engine.timeout_minutes", "0.15"]
     ledger = recipe.parent / "run" / "ledger.jsonl"
     with started(distill_command(*flags, ranks=2)) as process:
         wait_for(lambda: ledger.exists() and len(ledger.read_text().splitlines()) >= 3)
-        stuck = ranks_of(process)[1]
+        other, stuck = ranks_of(process)
         stuck.send_signal(signal.SIGSTOP)
-        began = time.monotonic()
+        assert gone([other], within=9 + 10)
+        # The launcher would wait another 30 s for the stopped one.
+        os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate(timeout=60)
-        assert (
-            time.monotonic() - began < 9 + 10 + 30
-        )  # the timeout, ours, and the 30 s that the launcher waits for a rank
     assert "rank 1 did not arrive" in output or "rank 1 stopped inside the step" in output, output
-    assert process.returncode != 0
 
 
 @pytest.mark.fault(2)
