@@ -64,11 +64,12 @@ def check_run(config: RunConfig, world_size: int, *, port: int | None = None) ->
     shards = check(open_rows, config.data.shards, "lm-blocks" if is_decoder else "bert-pairs")
     num_steps = check(config.num_steps, len(shards)) if shards else None
     check(check_losses, config)
+    check(check_trust, config)
     check(check_copies, config)
     name = config.teacher.model
     teacher_folder = check(find_model_folder, name, revision=config.teacher.revision) if name else None
     teacher_config = check(read_model_config, teacher_folder) if teacher_folder else None
-    check(check_trust, config, teacher_config)
+    check(check_own_code, config, teacher_config)
     if shards and teacher_folder:
         check(check_vocabulary, shards, teacher_folder)
     if teacher_config and not is_decoder:
@@ -184,13 +185,16 @@ def check_length(shards: ShardSet, teacher_config: dict[str, Any]) -> None:
         )
 
 
-def check_trust(config: RunConfig, teacher_config: dict[str, Any] | None) -> None:
-    """Code that comes with a teacher runs only when the recipe says so, and never code that can change any day."""
+def check_own_code(config: RunConfig, teacher_config: dict[str, Any] | None) -> None:
+    """Code that comes with a teacher runs only when the recipe says so."""
     if teacher_config and "auto_map" in teacher_config and not config.teacher.trust_remote_code:
         raise ConfigError(
             f"teacher.model {config.teacher.model} (auto_map of its config.json) runs Python code of its own, which "
             "could do anything - read its .py files, then set teacher.trust_remote_code true"
         )
+
+
+def check_trust(config: RunConfig) -> None:
     name = config.teacher.model or "."
     is_local = name.startswith("package:") or Path(name).exists()
     if config.teacher.trust_remote_code and not is_local and config.teacher.revision is None:
