@@ -2,7 +2,7 @@
 # make demo-llm  the same for language models, about 10 minutes
 # make demo-llm-gpu TEXT=FOLDER  on a GPU, with a teacher of 110 M parameters
 # make test    lint, types and tests
-# make faults  the fault campaign, about MINUTES minutes on 2 cores, with its table
+# make faults  the fault campaign, long, with its table
 # Each creates .venv first; nothing else is needed than python3 with venv, make and gcc.
 
 PYTHON ?= python3
