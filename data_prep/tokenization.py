@@ -291,8 +291,9 @@ class MemoEngine:
     def _forget(self) -> None:
         self._numbers = Numbering()
         self._ids = np.zeros(0, self._dtype)  # of all pieces, by number, end to end
-        self._counts = np.zeros(0, np.int64)
+        self._counts = np.zeros(1, np.int64)
         self._end = self._numbers[END]  # stands between two texts and has no ids
+        self._numbers.new.clear()
 
     def encode(self, texts: Sequence[str]) -> Tokens:
         if not texts:
@@ -323,39 +324,30 @@ class MemoEngine:
 
     def _encode_mixed(self, texts: Sequence[str]) -> Tokens:
         """Irregular texts by the reference, the others from memory."""
-        irregular = {index for index, text in enumerate(texts) if IRREGULAR_SPACE.search(text)}
-        regular = [index for index in range(len(texts)) if index not in irregular]
-        lists: list[np.ndarray] = [np.zeros(0, self._dtype)] * len(texts)
-        for engine, indices in ((self._reference, sorted(irregular)), (self, regular)):
-            encoded = engine.encode([texts[index] for index in indices])
-            for position, index in enumerate(indices):
-                lists[index] = encoded.ids[encoded.offsets[position] : encoded.offsets[position + 1]]
-        return Tokens(np.concatenate(lists), np.concatenate([[0], np.cumsum([len(ids) for ids in lists])]))
+        irregular = [index for index, text in enumerate(texts) if IRREGULAR_SPACE.search(text)]
+        regular = self.encode(["" if IRREGULAR_SPACE.search(text) else text for text in texts])
+        return _replace(regular, irregular, self._reference.encode([texts[index] for index in irregular]))
 
     def _learn(self) -> None:
         """Encodes the pieces that have a number but no ids yet."""
         pieces, self._numbers.new = self._numbers.new, []
-        lists: list[Sequence[int]] = []
         if self._scheme.separator is None:
-            encodings = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
-            lists = [encoding.ids if piece != END else () for piece, encoding in zip(pieces, encodings, strict=True)]
+            learnt = self._reference.encode(pieces)
         else:
-            # A call per piece costs more than the piece: many go as one text, with a special token between them.
+            # A call per piece costs more than the piece: many go as one text, each closed by a special token.
             mark, mark_id = self._scheme.separator
-            alone = {index for index, piece in enumerate(pieces) if self._special.search(piece) or piece == END}
-            written = ["" if index in alone else piece for index, piece in enumerate(pieces)]
-            batches = [mark.join(written[start : start + 256]) for start in range(0, len(written), 256)]
+            written, alone = pieces, []
+            if self._special.search(" ".join(pieces)):
+                alone = [index for index, piece in enumerate(pieces) if self._special.search(piece)]
+                written = ["" if self._special.search(piece) else piece for piece in pieces]
+            batches = [mark.join(written[start : start + 256]) + mark for start in range(0, len(written), 256)]
             self._tokenizer.encode_special_tokens = False
-            for encoding in self._tokenizer.encode_batch_fast(batches, add_special_tokens=False):
-                ids = encoding.ids
-                cuts = [index for index, token in enumerate(ids) if token == mark_id]
-                starts = [0, *(cut + 1 for cut in cuts)]
-                lists += [ids[start:cut] for start, cut in zip(starts, [*cuts, len(ids)], strict=True)]
+            marked = self._reference.encode(batches).ids
             self._tokenizer.encode_special_tokens = True
-            for index in alone:
-                if pieces[index] != END:
-                    lists[index] = self._tokenizer.encode(pieces[index], add_special_tokens=False).ids
-        learnt = _tokens(lists, self._dtype)
+            is_mark = marked == mark_id
+            ends = np.flatnonzero(is_mark) - np.arange(len(pieces))
+            learnt = Tokens(marked[~is_mark], np.concatenate([[0], ends]))
+            learnt = _replace(learnt, alone, self._reference.encode([pieces[index] for index in alone]))
         self._ids = np.concatenate([self._ids, learnt.ids])
         self._counts = np.concatenate([self._counts, learnt.counts])
 
@@ -459,14 +451,17 @@ def _special_pattern(tokenizer: Any) -> re.Pattern[str]:
 def _mend_special(tokens: Tokens, texts: Sequence[str], special: re.Pattern[str], reference: Engine) -> Tokens:
     """Encodes again, by the reference, the rare texts in which the name of a special token is written."""
     marked = [index for index, text in enumerate(texts) if special.search(text)]
-    if not marked:
+    return _replace(tokens, marked, reference.encode([texts[index] for index in marked]))
+
+
+def _replace(tokens: Tokens, indices: Sequence[int], others: Tokens) -> Tokens:
+    """The tokens with those of the texts at `indices` taken from `others`, in the same order."""
+    if not indices:
         return tokens
     lists: list[np.ndarray] = np.split(tokens.ids, tokens.offsets[1:-1])
-    mended = reference.encode([texts[index] for index in marked])
-    for position, index in enumerate(marked):
-        lists[index] = mended.ids[mended.offsets[position] : mended.offsets[position + 1]]
-    offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in lists])])
-    return Tokens(np.concatenate(lists), offsets)
+    for index, ids in zip(indices, np.split(others.ids, others.offsets[1:-1]), strict=True):
+        lists[index] = ids
+    return Tokens(np.concatenate(lists), np.concatenate([[0], np.cumsum([len(ids) for ids in lists])]))
 
 
 def make_engine(wanted: EngineName, folder: Path, sample: Sequence[str]) -> tuple[Engine, str]:
