@@ -7,7 +7,7 @@ from typing import Any
 from data_prep.errors import ConfigError
 from data_prep.files import require_free_space
 from pipeline.config import RunConfig
-from pipeline.preflight import Checked
+from pipeline.preflight import Checked, Problems
 
 
 def print_plan(config: RunConfig, checked: Checked, world_size: int) -> None:
@@ -162,13 +162,23 @@ def require_resources(config: RunConfig, checked: Checked, student: Any, teacher
 
     Call it before the models are moved. Returns whether the teacher is to be sharded over the ranks.
     """
+    from pipeline.models.sizes import checkpoint_bytes
+
+    problems = Problems()
+    problems.none_in(require_free_space, Path(config.out), 2 * checkpoint_bytes(student))
+    is_sharded = problems.none_in(_fitting_placement, config, checked, student, teacher, world_size)
+    problems.raise_if_any()
+    return bool(is_sharded)
+
+
+def _fitting_placement(config: RunConfig, checked: Checked, student: Any, teacher: Any, world_size: int) -> bool:
+    """Whether the teacher must be sharded for a rank to fit into the free memory; ConfigError when it cannot."""
     import psutil
     import torch
 
     from pipeline.models.decoders import CausalTeacher
-    from pipeline.models.sizes import checkpoint_bytes, estimate_memory
+    from pipeline.models.sizes import estimate_memory
 
-    require_free_space(Path(config.out), 2 * checkpoint_bytes(student))
     on_gpu = torch.cuda.is_available()
     # CPU ranks share their machine's memory; srun does not say how many they are there.
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))

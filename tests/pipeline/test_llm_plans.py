@@ -44,9 +44,9 @@ def run_check(shapes: Path, recipe: str, *flags: str) -> int:
     return cli.main(["check", "--config", path, "--ranks", "8", "--out", str(shapes / "run"), *words, *flags])
 
 
-def with_memory(monkeypatch, num_bytes: int) -> None:
+def with_memory(monkeypatch, num_bytes: int, disk: int = 2**50) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": num_bytes}))
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Disk", (), {"free": 2**50}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Disk", (), {"free": disk}))
     monkeypatch.setattr(preflight, "check_port", lambda port: None)
 
 
@@ -60,6 +60,13 @@ def test_7b_is_refused_where_it_cannot_fit_with_three_mends_in_order(shapes, mon
     mends = ("halve batch.micro_size", "teacher.cache (capgap cache)", "ds_configs/zero3.json")
     places = [message.index(mend) for mend in mends]
     assert places == sorted(places), message
+
+
+def test_too_little_disk_and_too_little_memory_are_told_at_once(shapes, monkeypatch, capsys):
+    with_memory(monkeypatch, 24 * GIB, disk=50 * GIB)
+    assert run_check(shapes, "minima-3b") == 3
+    message = capsys.readouterr().err
+    assert f"bytes needed, {50 * GIB} free" in message and "3072 MiB are free" in message, message
 
 
 @pytest.mark.parametrize(("recipe", "count"), [("minima-3b", 2_914_667_520), ("minimix-4x3b", 8_351_200_000)])
