@@ -102,6 +102,10 @@ faults: export DS_ACCELERATOR ?= cpu
 faults: .venv/installed
 	pytest -q -m fault
 
+# Those of data preparation alone: crash points, full disks, flipped bits, cut and fuzzed dumps.
+faults-data: .venv/installed
+	pytest -q -m fault tests/data_prep
+
 # About ten minutes: every kernel on the GPU at hand against its twin, then its speed beside its peers and the goals; writes
 # kernels/benchmarks/results/. The kernels' tests on that GPU: pytest tests/kernels.
 bench-gpu: .venv/installed
@@ -111,4 +115,4 @@ bench-gpu: .venv/installed
 clean:
 	rm -rf demo-out demo-llm demo-llm-gpu runs .pytest_cache .mypy_cache .ruff_cache
 
-.PHONY: install demo demo-llm demo-llm-gpu lint test faults bench-gpu clean
+.PHONY: install demo demo-llm demo-llm-gpu lint test faults faults-data bench-gpu clean

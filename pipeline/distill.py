@@ -59,14 +59,12 @@ def main(argv: list[str] | None = None) -> int:
             time.sleep(3)
         return error.exit_code
     try:
-        code = distill(config, checked)
+        return distill(config, checked)
     except Exception as error:
         known = explain(error, config)
         print(f"error: rank {place.rank}: {known}", file=sys.stderr, flush=True)
-        code = known.exit_code
-    # Python would take a second or two per rank to tear everything down, object by object.
-    end_process(code)
-    raise AssertionError("not reached")
+        end_process(known.exit_code)
+        raise  # not reached
 
 
 def meet_at_a_free_port(place: Place) -> None:
@@ -567,4 +565,5 @@ def _leave(ranks: "Ranks", code: int, stop: Any) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Python would take a second or two per rank to tear everything down, object by object.
+    end_process(main())

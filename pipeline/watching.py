@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 COLLAPSED_BELOW = 0.5  # effective experts / experts
@@ -129,31 +130,39 @@ class HangWatch:
             return time.monotonic() - self._beat > self._timeout / 2
 
     def _who_is_missing(self) -> str:
-        others = [rank for rank in range(self._world_size) if rank != self._rank]
-        late = [rank for rank in others if self._read("arrived", rank) < self._step]
+        if self._world_size == 1:
+            return "it is the only rank, so a read, a write or a kernel of its own does not come back"
+        arrived = self._read_others("arrived")
+        if not arrived:
+            return "rank 0, which keeps the ranks' common store, does not answer"
+        late = [rank for rank, step in arrived.items() if step < self._step]
         if late:
             return f"rank {', '.join(map(str, late))} did not arrive"
-        before = [self._read("pulse", rank) for rank in others]
+        before = self._read_others("pulse")
         time.sleep(3)
-        still = [rank for rank, pulse in zip(others, before, strict=True) if self._read("pulse", rank) == pulse]
+        after = self._read_others("pulse")
+        still = [rank for rank, pulse in after.items() if before.get(rank) == pulse]
         if still:
             return f"rank {', '.join(map(str, still))} stopped inside the step"
         return "every rank is alive and arrived, so a collective between them is stuck"
 
-    def _read(self, what: str, rank: int) -> int:
-        answer: list[int] = []
+    def _read_others(self, what: str) -> dict[int, int]:
+        """The number that each other rank has noted, -1 where none; empty when the store does not answer."""
+        answers: dict[int, int] = {}
 
         def ask() -> None:
-            try:
-                answer.append(int(self._store.get(f"{what}/{rank}")))
-            except Exception:  # The store lives in rank 0, which may be the one that is gone.
-                answer.append(-1)
+            with suppress(RuntimeError):  # the store lives in rank 0, which may be the one that is gone
+                for rank in range(self._world_size):
+                    key = f"{what}/{rank}"
+                    if rank != self._rank:
+                        # A question about a key that is not there would wait for it.
+                        answers[rank] = int(self._store.get(key)) if self._store.check([key]) else -1
 
         # A store whose server hangs would hold this thread too.
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(timeout=5)
-        return answer[0] if answer else -1
+        return dict(answers)
 
 
 def end_process(code: int) -> None:
